@@ -1,0 +1,44 @@
+"""Start a deployment in the background and wait until it is ready."""
+
+import subprocess
+import sys
+import time
+
+from rich.console import Console
+
+from omni.cli.progress import StartProgress
+from omni.deployment.errors import DeploymentError
+from omni.deployment.plan_types import LaunchPlan
+from omni.deployment.run_state import RunFolder
+
+_READY_TIMEOUT_S = 900.0  # large models load for minutes; an engine that fails is noticed at once
+
+
+def start(plan: LaunchPlan, console: Console) -> None:
+    """Returns when every process is ready.
+
+    Raises:
+        DeploymentError: the launcher ended; the message has the end of its log.
+    """
+    folder = RunFolder.of(plan.name)
+    log_file = plan.proxy.log_file.with_name("launcher.log")
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "omni.cli.main", "serve", "--quiet", str(plan.config_file)]
+    with log_file.open("wb") as log:
+        launcher = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    deadline = time.monotonic() + _READY_TIMEOUT_S
+    with StartProgress(folder, tuple(p.name for p in plan.processes), console) as progress:
+        while progress.update():
+            if launcher.poll() is not None:
+                end = log_file.read_text(errors="replace")[-3000:]
+                raise DeploymentError(f"{plan.name} did not start:\n{end}\n(all of it: {log_file})")
+            if time.monotonic() > deadline:
+                launcher.terminate()
+                launcher.wait(timeout=60)
+                raise DeploymentError(
+                    f"{plan.name} was not ready after {_READY_TIMEOUT_S:.0f} s; see {log_file.parent}"
+                )
+            time.sleep(0.1)
+    launcher.returncode = 0  # it goes on by itself: Popen must neither wait for it nor warn

@@ -1,0 +1,80 @@
+"""Run a launch plan on this machine: one engine host for all engines (a single import of vLLM), and the proxy."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import psutil
+
+from omni.deployment.errors import DeploymentError
+from omni.deployment.plan_types import LaunchPlan
+from omni.deployment.run_state import DeploymentState, RunFolder
+from omni.process import parent_environment, remove_shared_memory
+from omni.supervisor import Child, Supervisor
+
+ENGINE_HOST = "engine_host"
+
+
+def serve(plan: LaunchPlan, *, on_tick: Callable[[], bool] | None = None) -> int:
+    """Run the deployment until SIGTERM or SIGINT; returns the exit code.
+
+    Args:
+        on_tick: called some times a second until it returns False.
+
+    Raises:
+        DeploymentError: a deployment of that name is running.
+    """
+    folder = RunFolder.of(plan.name)
+    earlier = folder.deployment()
+    if earlier is not None and earlier.is_running:
+        raise DeploymentError(
+            f"deployment {plan.name!r} is running already (pid {earlier.launcher_pid}): "
+            f"`omni_cli stop {plan.name}` first, or give this one another `name`"
+        )
+    folder.remove()
+    remove_shared_memory()
+    folder.write_deployment(_state(plan))
+    log_folder = plan.proxy.log_file.parent
+    engine_host = Child(
+        name=ENGINE_HOST,
+        start=partial(_spawn, (sys.executable, "-m", "services.engine_host", "--config", str(plan.config_file)), {}),
+        log_file=log_folder / f"{ENGINE_HOST}.log",
+        stop_timeout_s=30,
+        final_codes=(1, 2),
+    )
+    proxy = Child(
+        name=plan.proxy.name,
+        start=partial(_spawn, plan.proxy.command, dict(plan.proxy.env)),
+        log_file=plan.proxy.log_file,
+        ready_url=f"{plan.proxy.url}/live",
+    )
+    try:
+        return Supervisor([engine_host, proxy], folder, on_tick=on_tick).run()
+    finally:
+        remove_shared_memory()
+        folder.remove()
+
+
+def _state(plan: LaunchPlan) -> DeploymentState:
+    return DeploymentState(
+        name=plan.name,
+        config_file=str(plan.config_file.resolve()),
+        log_folder=str(plan.proxy.log_file.parent.resolve()),
+        proxy_url=plan.proxy.url,
+        served_model_name=plan.served_model_name,
+        process_names=tuple(process.name for process in plan.processes),
+        launcher_pid=os.getpid(),
+        launcher_start_unix_s=psutil.Process().create_time(),
+    )
+
+
+def _spawn(command: Sequence[str], env: dict[str, str], output: int) -> int:
+    """Start a program with `output` as its stdout and stderr; returns its pid. It ends when this process ends."""
+    return os.posix_spawn(
+        command[0],
+        command,
+        {**os.environ, **env, **parent_environment()},
+        file_actions=[(os.POSIX_SPAWN_DUP2, output, 1), (os.POSIX_SPAWN_DUP2, output, 2)],
+        setsid=True,  # Ctrl-C is for the launcher alone, which then stops its children in order
+    )

@@ -1,0 +1,149 @@
+"""The command line of one engine's api server, and what a user may add to it."""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from omni.deployment.errors import Problem
+from omni.deployment.groups import GroupSettings
+from omni.deployment.model import KvTransfer
+
+API_SERVER = "omni.adaptors.vllm.api_server"
+MAX_NUM_SEQS_CPU = 64  # vLLM's own default is made for accelerators
+
+# What a user may write although the plan has a default or an opinion.
+_FREE = ("--max-num-seqs", "--block-size", "--max-num-batched-tokens", "--enforce-eager", "--no-enforce-eager")
+# What would change the processes' number or arrangement behind the plan's back.
+_NEVER = (
+    "--config",
+    "--headless",
+    "--api-server-count",
+    "--kv-cache-memory-bytes",
+    "--enable-expert-parallel",
+    "--data-parallel-size",
+    "--data-parallel-size-local",
+    "--data-parallel-rank",
+    "--data-parallel-start-rank",
+    "--data-parallel-address",
+    "--data-parallel-rpc-port",
+    "--data-parallel-backend",
+    "--data-parallel-external-lb",
+    "--data-parallel-hybrid-lb",
+    "--data-parallel-multi-port-external-lb",
+)
+_SHORT = {"-dp": "--data-parallel-size", "-dpr": "--data-parallel-rank", "-tp": "--tensor-parallel-size"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineCommand:
+    """Everything that goes into one api server's command line."""
+
+    group: GroupSettings
+    dp_rank: int
+    host: str
+    port: int
+    model_path: Path
+    served_model_name: str
+    dtype: str
+    max_model_len: int  # tokens
+    kv_bytes_per_worker: int | None  # None: vLLM measures the device
+    engine_id: str
+    kv_transfer: KvTransfer
+    is_cpu: bool
+    is_moe: bool
+
+    def argv(self) -> tuple[str, ...]:
+        return (sys.executable, "-m", API_SERVER, *self._own_arguments(), *self.group.extra_args)
+
+    def problems(self) -> Iterator[Problem]:
+        """Extra arguments that would override what the plan sets."""
+        reserved = {part for part in self._own_arguments() if part.startswith("--")} | set(_NEVER)
+        for part in self.group.extra_args:
+            flag = _flag(part)
+            # argparse takes an abbreviation for the whole flag.
+            if flag and flag not in _FREE and any(own.startswith(flag) for own in reserved):
+                yield Problem(self.group.field("extra_args"), f"{part!r} is set by the plan", _mend(flag))
+
+    def _own_arguments(self) -> Iterator[str]:
+        yield from ("--model", str(self.model_path))
+        yield from ("--served-model-name", self.served_model_name)
+        yield from ("--host", self.host)
+        yield from ("--port", str(self.port))
+        yield from ("--dtype", self.dtype)
+        yield from ("--max-model-len", str(self.max_model_len))
+        yield from ("--tensor-parallel-size", str(self.group.tensor_parallel_size))
+        yield from ("--kv-transfer-config", json.dumps(self._kv_transfer_config()))
+        if self.kv_bytes_per_worker is not None:
+            yield from ("--kv-cache-memory-bytes", str(self.kv_bytes_per_worker))
+        if self.is_moe and self.group.data_parallel_size > 1:
+            yield from self._data_parallel_arguments()
+        if self.is_cpu:
+            yield from self._cpu_defaults()
+
+    def _cpu_defaults(self) -> Iterator[str]:
+        written = {_flag(part) for part in self.group.extra_args}
+        if "--max-num-seqs" not in written:
+            yield from ("--max-num-seqs", str(MAX_NUM_SEQS_CPU))
+        if not written & {"--enforce-eager", "--no-enforce-eager"}:
+            yield "--enforce-eager"  # compiling takes minutes on a CPU
+
+    def _data_parallel_arguments(self) -> Iterator[str]:
+        """A mixture of experts spreads its experts over the DP ranks, so these run in step.
+
+        A dense model's ranks get none of this: vLLM refuses such flags for it and has every rank on its own.
+        """
+        yield from ("--data-parallel-size", str(self.group.data_parallel_size))
+        yield from ("--data-parallel-rank", str(self.dp_rank))
+        yield from ("--data-parallel-address", self.group.hosts[0])
+        yield from ("--data-parallel-rpc-port", str(self.group.master_port))
+        yield "--data-parallel-external-lb"
+        yield "--enable-expert-parallel"
+
+    def _kv_transfer_config(self) -> dict[str, object]:
+        return {
+            "kv_connector": "OmniConnector",
+            "kv_connector_module_path": "kv_transfer.connector",
+            "kv_role": {"prefill": "kv_producer", "decode": "kv_consumer"}[self.group.role],
+            "engine_id": self.engine_id,
+            "kv_load_failure_policy": self.kv_transfer.load_failure_policy,
+            "kv_connector_extra_config": {
+                "listen_host": self.host,
+                "lease_s": self.kv_transfer.lease_s,
+                "load_timeout_s": self.kv_transfer.load_timeout_s,
+            },
+        }
+
+
+def block_size_of(extra_args: Sequence[str]) -> int | None:
+    """The KV block size that the user's arguments ask for, tokens."""
+    for part, following in zip(extra_args, [*extra_args[1:], ""], strict=True):
+        if _flag(part) == "--block-size":
+            text = part.partition("=")[2] or following
+            return int(text) if text.isdecimal() and int(text) > 0 else None
+    return None
+
+
+def _flag(part: str) -> str:
+    """`--Max_Len=3` → `--max-len`: vLLM takes underscores for dashes and `--flag.key` for a key of a JSON flag."""
+    flag = part.partition("=")[0].partition(".")[0]
+    if flag.startswith("--"):
+        return flag.replace("_", "-") if len(flag) > 2 else ""
+    return next((long for short, long in _SHORT.items() if flag.startswith(short)), "")
+
+
+def _mend(flag: str) -> str:
+    keys = {
+        "--max-model-len": "max_model_len",
+        "--tensor-parallel-size": "tensor_parallel_size",
+        "--data-parallel-size": "data_parallel_size",
+        "--kv-cache-memory-bytes": "kv_cache_gib",
+        "--dtype": "services.dtype",
+        "--served-model-name": "services.served_model_name",
+        "--model": "services.model_path",
+        "--port": "base_api_port",
+        "--host": "hosts",
+        "--kv-transfer-config": "services.kv_transfer",
+    }
+    return f"delete it and write {keys[flag]}" if flag in keys else "delete it"

@@ -1,0 +1,156 @@
+"""The deployment file as typed models: one class per block, one attribute per key.
+
+`omni.deployment.load` reads a file into `Deployment`; rules that span several keys are in `omni.deployment.validate`.
+
+Which value counts, where a key may stand in two places:
+- data_parallel_size, tensor_parallel_size, extra_args, kv_cache_gib: the group's, else services.prefill / .decode's.
+- env: both, and the group's where both name the same variable.
+- in a "host <IP>" block: that block's for that host, else the group's. A private_key there replaces the group's
+  password and the other way round.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+
+from omni.deployment.fields import (
+    Arguments,
+    AtLeastOne,
+    Count,
+    DecodeGroupName,
+    Devices,
+    Environment,
+    Folder,
+    Host,
+    Hosts,
+    Name,
+    Port,
+    Positive,
+    PrefillGroupName,
+    Text,
+)
+
+Platform = Literal["cpu", "npu", "cuda"]
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+
+HOST_KEY = "host <IP>"  # how the overrides of single hosts are named in help and error texts
+MASTER_PORT_OFFSET = 1000
+EMBEDDED = "embedded:"  # model_path: embedded:<name>
+
+
+class Block(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Access(Block):
+    """How to log in to a host. The local backend logs in nowhere and reads none of it."""
+
+    user: Text | None = None
+    private_key: Text | None = None
+    password: SecretStr | None = None
+
+
+class HostOverride(Access):
+    """What differs on one host of a group."""
+
+    master_port: Port | None = None
+    base_api_port: Port | None = None
+    ascend_rt_visible_devices: Devices | None = None
+
+
+class EngineOptions(Block):
+    """Keys that may stand on a group as well as on services.prefill and services.decode."""
+
+    data_parallel_size: Count | None = None  # default: as many as the devices allow; 1 without devices
+    tensor_parallel_size: Count | None = None  # default: 1
+    extra_args: Arguments | None = None  # more arguments for vLLM's api server
+    env: Environment | None = None
+    kv_cache_gib: Positive | None = None  # of one DP rank, all its TP ranks together
+
+
+class Group(Access, EngineOptions):
+    """One prefill or decode instance: data_parallel_size api servers, on one or more hosts."""
+
+    hosts: Hosts = ("127.0.0.1",)  # the master first
+    base_api_port: Port  # the api server of rank r listens on base_api_port + r
+    master_port: Port | None = None  # where DP ranks find each other; default: base_api_port + 1000
+    ascend_rt_visible_devices: Devices | None = None
+    host_overrides: dict[str, HostOverride] = Field(default_factory=dict, alias=HOST_KEY)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_host_blocks(cls, data: Any) -> Any:
+        """Turns every `host 10.0.0.1:` key into an entry of `host_overrides`."""
+        if not isinstance(data, dict):
+            return data
+        blocks = {key.removeprefix("host ").strip(): data[key] for key in data if key.startswith("host ")}
+        rest = {key: data[key] for key in data if not key.startswith("host ")}
+        return rest | {HOST_KEY: blocks} if blocks else rest
+
+
+class Proxy(Access):
+    host: Host = "127.0.0.1"
+    listen_port: Port = 7000
+
+
+class Pools(Block):
+    """The `deployment` block: who runs where."""
+
+    prefill: Annotated[dict[PrefillGroupName, Group], AtLeastOne]
+    decode: Annotated[dict[DecodeGroupName, Group], AtLeastOne]
+    proxy: Proxy = Proxy()
+
+
+class PrefillServices(EngineOptions):
+    max_model_len: Count = 32000  # tokens; the default shrinks to what the model can do, a written value does not
+
+
+class DecodeServices(EngineOptions):
+    max_model_len: Count = 16384
+
+
+class KvTransfer(Block):
+    lease_s: Positive = 30.0  # how long prefill keeps KV blocks that nobody fetches
+    load_timeout_s: Positive = 30.0  # how long decode waits for KV blocks
+    load_failure_policy: Literal["recompute", "fail"] = "recompute"  # what decode does when they do not come
+
+
+class Services(Block):
+    """What runs. The local backend uses neither docker nor a copy of the code: it reads past the four keys for them."""
+
+    model_path: Text  # a folder, or embedded:<name>
+    served_model_name: Text | None = None  # default: the model folder's name
+    log_path: Folder | None = None  # default: logs/<deployment name>
+    dtype: Dtype = "auto"  # of prefill and decode alike: they exchange KV bytes
+    code_path: Text | None = None
+    local_code_path: Text | None = None
+    http_proxy: str | None = None
+    docker_image: Text | None = None
+    prefill: PrefillServices = PrefillServices()
+    decode: DecodeServices = DecodeServices()
+    kv_transfer: KvTransfer = KvTransfer()
+
+
+class Deployment(Block):
+    """A whole deployment file."""
+
+    name: Name  # default: the file's name without its ending
+    platform: Platform | None = None
+    backend: Literal["local"] = "local"
+    deployment: Pools
+    services: Services
+
+    @property
+    def effective_platform(self) -> Platform:
+        groups = [*self.deployment.prefill.values(), *self.deployment.decode.values()]
+        return self.platform or ("npu" if any(group.ascend_rt_visible_devices for group in groups) else "cpu")
+
+    @property
+    def log_folder(self) -> Path:
+        return self.services.log_path or Path("logs", self.name).absolute()
+
+    @property
+    def model_name(self) -> str:
+        """The name clients send."""
+        return self.services.served_model_name or Path(self.services.model_path.removeprefix(EMBEDDED)).name

@@ -1,0 +1,56 @@
+"""Which process wants which port on which host, and who wants the same one."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+
+from omni.deployment.errors import Problem
+from omni.deployment.groups import GroupSettings, group_settings
+from omni.deployment.model import Deployment
+
+HIGHEST_PORT = 65535
+_EVERY_ADDRESS = "0.0.0.0"
+
+
+@dataclass(frozen=True)
+class PortClaim:
+    host: str
+    first: int
+    last: int  # inclusive
+    field: str
+
+    def __str__(self) -> str:
+        return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
+
+    def meets(self, other: "PortClaim") -> bool:
+        hosts = {"127.0.0.1" if host == "localhost" else host for host in (self.host, other.host)}
+        same_host = len(hosts) == 1 or _EVERY_ADDRESS in hosts
+        return same_host and self.first <= other.last and other.first <= self.last
+
+
+def port_claims(deployment: Deployment) -> Iterator[PortClaim]:
+    for group in group_settings(deployment):
+        for host in group.hosts:
+            first = group.base_api_port(host)
+            last = first + max(1, group.ranks_on_host(host)) - 1
+            yield PortClaim(host, first, last, _port_field(group, host, "base_api_port"))
+        port = group.master_port
+        yield PortClaim(group.hosts[0], port, port, _port_field(group, group.hosts[0], "master_port"))
+    proxy = deployment.deployment.proxy
+    yield PortClaim(proxy.host, proxy.listen_port, proxy.listen_port, "deployment.proxy.listen_port")
+
+
+def port_problems(deployment: Deployment) -> Iterator[Problem]:
+    claims = list(port_claims(deployment))
+    for claim in claims:
+        if claim.last > HIGHEST_PORT:
+            yield Problem(claim.field, f"port {claim} is above {HIGHEST_PORT}", "write a lower port")
+    for one, other in combinations(claims, 2):
+        if one.meets(other):
+            text = f"port {other} on {other.host} overlaps {one.field} ({one})"
+            yield Problem(other.field, text, "give each its own ports")
+
+
+def _port_field(group: GroupSettings, host: str, key: str) -> str:
+    written = getattr(group.override(host), key) is not None
+    return f"{group.path}.host {host}.{key}" if written else f"{group.path}.{key}"

@@ -1,0 +1,62 @@
+"""The rules across the fields of a deployment file. Pure: nothing outside the file is looked at.
+
+That prefill and decode use the same dtype needs no rule: services.dtype is the only place for it, and
+`omni.deployment.engine_command` refuses --dtype among the extra arguments.
+"""
+
+from collections.abc import Iterator
+from itertools import combinations
+
+from omni.deployment.errors import Problem
+from omni.deployment.groups import GroupSettings, group_settings
+from omni.deployment.model import Access, Deployment
+from omni.deployment.ports import port_problems
+
+
+def cross_field_problems(deployment: Deployment) -> Iterator[Problem]:
+    groups = list(group_settings(deployment))
+    for group in groups:
+        yield from _override_problems(group)
+        yield from _device_problems(group)
+    yield from _access_problems(deployment, groups)
+    yield from _shared_device_problems(groups)
+    yield from port_problems(deployment)
+
+
+def _override_problems(group: GroupSettings) -> Iterator[Problem]:
+    for host in group.group.host_overrides:
+        if host not in group.hosts:
+            text = f"{host} is not one of the group's hosts ({', '.join(group.hosts)})"
+            yield Problem(f"{group.path}.host {host}", text, "add it to hosts or delete the block")
+
+
+def _access_problems(deployment: Deployment, groups: list[GroupSettings]) -> Iterator[Problem]:
+    blocks: list[tuple[str, Access]] = [("deployment.proxy", deployment.deployment.proxy)]
+    for group in groups:
+        blocks.append((group.path, group.group))
+        blocks += [(f"{group.path}.host {host}", block) for host, block in group.group.host_overrides.items()]
+    for path, block in blocks:
+        if block.private_key and block.password:
+            yield Problem(path, "has both a private_key and a password", "keep one of them")
+
+
+def _device_problems(group: GroupSettings) -> Iterator[Problem]:
+    if group.num_devices == 0:
+        return
+    needed = group.data_parallel_size * group.tensor_parallel_size
+    if needed > group.num_devices:
+        text = (
+            f"{group.data_parallel_size} DP ranks with {group.tensor_parallel_size} devices each need {needed} devices, "
+            f"ascend_rt_visible_devices lists {group.num_devices} on {len(group.hosts)} host(s)"
+        )
+        mend = "lower data_parallel_size or tensor_parallel_size, or list more devices"
+        yield Problem(group.field("data_parallel_size"), text, mend)
+
+
+def _shared_device_problems(groups: list[GroupSettings]) -> Iterator[Problem]:
+    for one, other in combinations(groups, 2):
+        for host in [host for host in other.hosts if host in one.hosts]:
+            if both := sorted(set(one.devices(host)) & set(other.devices(host))):
+                devices = ",".join(map(str, both))
+                text = f"{devices} on {host} also in {one.path}.ascend_rt_visible_devices"
+                yield Problem(f"{other.path}.ascend_rt_visible_devices", text, "give each device to one group")

@@ -1,0 +1,53 @@
+"""What a process of ours does about its parent, its signals and what it leaves in shared memory."""
+
+import ctypes
+import os
+import signal
+from multiprocessing import shared_memory
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (where Linux keeps POSIX shared memory)
+_PARENT_VARIABLE = "OMNI_PARENT_PID"
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Have the kernel kill this process when its parent ends, even by SIGKILL.
+
+    Args:
+        parent_pid: the parent's pid, read before the fork: a parent that died meanwhile is noticed.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != parent_pid:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def parent_environment() -> dict[str, str]:
+    """Environment for a program that shall end with this process; it calls `obey_parent` first thing."""
+    return {_PARENT_VARIABLE: str(os.getpid())}
+
+
+def obey_parent() -> None:
+    """End with the process that started this one, if that one asked for it."""
+    parent_pid = os.environ.pop(_PARENT_VARIABLE, None)
+    if parent_pid is not None:
+        die_with_parent(int(parent_pid))
+
+
+def name_shared_memory() -> None:
+    """Have all that this process and its forks create in /dev/shm bear its pid, so that it can be found afterwards."""
+    shared_memory._SHM_NAME_PREFIX = f"/{_prefix(os.getpid())}"  # type: ignore[attr-defined]
+
+
+def remove_shared_memory(pid: int | None = None) -> None:
+    """Remove what a dead process left in /dev/shm; without a pid, what any dead process of ours left."""
+    for path in _SHARED_MEMORY.glob(f"{_prefix(pid)}*" if pid is not None else "omni_*_*"):
+        owner = path.name.split("_")[1]
+        if owner.isdigit() and (pid is not None or not Path("/proc", owner).exists()):
+            path.unlink(missing_ok=True)
+
+
+def _prefix(pid: int) -> str:
+    return f"omni_{pid}_"

@@ -1,0 +1,128 @@
+"""Runs engines of one deployment on this host: imports vLLM once, forks and supervises one api server per DP rank.
+
+`python -m services.engine_host --config FILE` runs every prefill and decode group;
+`python -m services.prefill --config FILE --group group1` (or services.decode) runs one.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from functools import partial
+
+from omni.adaptors.vllm import api_server, fork_start
+from omni.deployment.errors import DeploymentError
+from omni.deployment.load import load_plan
+from omni.deployment.plan_types import LaunchPlan, ProcessPlan, Role
+from omni.deployment.run_state import RunFolder
+from omni.process import die_with_parent, name_shared_memory, obey_parent, remove_shared_memory
+from omni.supervisor import Child, Supervisor
+
+logger = logging.getLogger(__name__)
+
+# What vLLM logs on its way up, how far that is, and what it is doing then.
+STAGES = (
+    (b"Importing vLLM", 0.05, "importing vLLM"),
+    (b"non-default args", 0.2, "reading the configuration"),
+    (b"Initializing a V1 LLM engine", 0.4, "starting the engine"),
+    (b"Starting to load model", 0.55, "loading weights"),
+    (b"KV cache size", 0.75, "making the KV cache"),
+    (b"Supported tasks", 0.9, "starting the api server"),
+)
+
+
+def main(role: Role | None = None) -> int:
+    obey_parent()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="deployment file")
+    if role is not None:
+        parser.add_argument("--group", required=True, help="the group to run, for example group1")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        plan = load_plan(args.config)
+        engines = _engines(plan, role, getattr(args, "group", None))
+    except DeploymentError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return run(plan, engines)
+
+
+def run(plan: LaunchPlan, engines: tuple[ProcessPlan, ...]) -> int:
+    """Supervise these engines until SIGTERM; returns the exit code."""
+    remove_shared_memory()
+    eager = all("--enforce-eager" in engine.command for engine in engines)
+    fork_start.exec_with(fork_start.exec_environment(eager=eager))
+    folder = RunFolder.of(plan.name)
+    fork_start.import_vllm()
+    children = [
+        Child(
+            name=engine.name,
+            start=partial(_fork, partial(_serve, engine)),
+            log_file=engine.log_file,
+            ready_url=f"{engine.url}/health",
+            stages=STAGES,
+        )
+        for engine in engines
+    ]
+    return Supervisor(children, folder).run()
+
+
+def _engines(plan: LaunchPlan, role: Role | None, group: str | None) -> tuple[ProcessPlan, ...]:
+    if role is None or group is None:
+        return tuple(process for process in plan.processes if process.role != "proxy")
+    engines = plan.instance(role, group)
+    if not engines:
+        groups = sorted({process.group for process in plan.processes if process.role == role})
+        raise DeploymentError(f"--group: there is no {role} group {group!r}; the deployment file has {groups}")
+    return engines
+
+
+def _serve(engine: ProcessPlan) -> None:
+    os.environ.update(engine.env)
+    api_server.serve(engine.arguments)
+
+
+def _fork(serve: Callable[[], None], output: int) -> int:
+    """Run `serve` in a child with `output` as its stdout and stderr; returns the child's pid."""
+    parent_pid = os.getpid()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        die_with_parent(parent_pid)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        _close_inherited()
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        name_shared_memory()
+        serve()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _close_inherited() -> None:
+    """Close the supervisor's descriptors; those of the child are 0, 1 and 2."""
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > 2:
+            try:
+                os.close(int(name))
+            except OSError:  # the listing's own, closed already
+                continue
+
+
+if __name__ == "__main__":
+    sys.exit(main())

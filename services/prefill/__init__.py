@@ -1,0 +1,1 @@
+"""Prefill instances: the code is that of `services.engine_host`, the role is prefill."""
