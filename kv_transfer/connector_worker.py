@@ -57,7 +57,7 @@ class WorkerSide:
         self._settings = settings
         self._vllm_config = vllm_config
         self._num_blocks = kv_cache_config.num_blocks
-        self._rank = vllm_config.parallel_config.rank % settings.tp_size
+        self._rank: int = vllm_config.parallel_config.rank % settings.tp_size
         self._fingerprint: Fingerprint | None = None
         self._endpoint: RankEndpoint | None = None
         self._transport: Transport | None = None

@@ -16,6 +16,8 @@ from kv_transfer.protocol import EndRead, Fingerprint, Hello, ReadEnded, Refused
 
 logger = logging.getLogger(__name__)
 
+_LONGEST_SLEEP_S = 3600.0  # zmq counts milliseconds in 32 bits
+
 
 class ControlServer:
     """P's side, one thread: answers peers and expires leases. It sleeps until a message or an expiry is due.
@@ -31,6 +33,8 @@ class ControlServer:
         self._welcome = welcome
         self._fingerprint = fingerprint
         self._leases = leases
+        self._num_dropped = 0
+        self._lock = threading.Lock()
         self._stopping = False
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._context = zmq.Context()
@@ -45,11 +49,16 @@ class ControlServer:
 
     def wake(self) -> None:
         """Have the thread look at the leases again: a first one was granted. Safe from any thread."""
-        os.eventfd_write(self._wake_fd, 1)
+        with self._lock:
+            if not self._stopping:  # afterwards the number may be another file's
+                os.eventfd_write(self._wake_fd, 1)
 
     def close(self) -> None:
-        self._stopping = True
-        self.wake()
+        with self._lock:
+            if self._stopping:
+                return
+            self._stopping = True
+            os.eventfd_write(self._wake_fd, 1)
         self._thread.join(timeout=5)
         os.close(self._wake_fd)
 
@@ -59,7 +68,7 @@ class ControlServer:
         poller.register(self._wake_fd, zmq.POLLIN)
         while not self._stopping:
             timeout_s = self._leases.seconds_to_expiry()
-            ready = dict(poller.poll(None if timeout_s is None else int(timeout_s * 1000) + 1))
+            ready = dict(poller.poll(None if timeout_s is None else int(min(timeout_s, _LONGEST_SLEEP_S) * 1000) + 1))
             if self._wake_fd in ready:
                 os.eventfd_read(self._wake_fd)
             if self._socket in ready:
@@ -71,12 +80,14 @@ class ControlServer:
     def _serve_one(self) -> None:
         try:
             frames = self._socket.recv_multipart(zmq.NOBLOCK)
-            if len(frames) != 3:  # the peer's identity, a sequence number, a request
-                return
+            if len(frames) != 3:
+                raise ProtocolError(f"{len(frames)} frames, not the peer's identity, a sequence number and a request")
             reply = self._answer(protocol.decode_request(frames[2]))
             self._socket.send_multipart([frames[0], frames[1], protocol.encode(reply)])
-        except (ProtocolError, zmq.ZMQError) as error:
-            logger.warning("dropped a message on the KV control port: %s", error)
+        except Exception as error:  # whatever a stranger sends, this thread lives on: it also expires the leases
+            self._num_dropped += 1
+            if self._num_dropped.bit_count() == 1:  # the 1st, 2nd, 4th, 8th...: a flood does not fill the log
+                logger.warning("dropped a message on the KV control port, %d so far: %s", self._num_dropped, error)
 
     def _answer(self, request: protocol.Request) -> protocol.Reply:
         match request:
@@ -162,5 +173,5 @@ class ControlClient:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK)
                 if len(frames) == 2 and frames[0] == sequence:
                     return protocol.decode_reply(frames[1])
-        except zmq.ZMQError as error:
+        except (zmq.ZMQError, UnicodeError) as error:  # UnicodeError: no host can have that name
             raise PeerUnreachableError(f"{self._address}: {error}") from None

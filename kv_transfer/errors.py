@@ -45,4 +45,4 @@ class ChecksumError(KVTransferError):
     reason = "checksum"
 
 
-FAILURE_REASONS = tuple(sorted({cls.reason for cls in [KVTransferError, *KVTransferError.__subclasses__()]}))
+FAILURE_REASONS = tuple(sorted({KVTransferError.reason, *(kind.reason for kind in KVTransferError.__subclasses__())}))

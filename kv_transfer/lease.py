@@ -86,6 +86,8 @@ class LeaseTable:
         Returns:
             Whether the lease was open until now, that is, whether what was read is good.
         """
+        if rank is not None and rank >= self._tp_size:
+            return False  # a reader that we would not have welcomed
         self.expire()
         with self._lock:
             lease = self._open.get(lease_id)

@@ -41,24 +41,23 @@ def regions_of(kv_caches: Mapping[str, "KVCache"], num_blocks: int) -> tuple[Reg
         ValueError: a tensor has no axis of that size, or its blocks are not dense.
     """
     regions: dict[Region, None] = {}
-    for layer, kv_cache in kv_caches.items():
-        for tensor in [kv_cache] if hasattr(kv_cache, "data_ptr") else kv_cache:
-            regions.update(dict.fromkeys(_regions_of_tensor(layer, tensor, num_blocks)))
+    for layer, tensor in _tensors(kv_caches):
+        regions.update(dict.fromkeys(_regions_of_tensor(layer, tensor, num_blocks)))
     return tuple(regions)
 
 
 def layout_digest(kv_caches: Mapping[str, "KVCache"], num_blocks: int, instruction_set: str) -> str:
     """A digest of what gives meaning to a block's bytes: each layer's shape, strides and type, block count aside."""
     digest = hashlib.blake2b(instruction_set.encode(), digest_size=16)
-    for layer, kv_cache in kv_caches.items():
-        for tensor in [kv_cache] if hasattr(kv_cache, "data_ptr") else kv_cache:
-            block_axis = _block_axis(layer, tensor, num_blocks)
-            inner = [
-                (size, stride)
-                for axis, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True))
-                if axis != block_axis and stride < tensor.stride(block_axis)
-            ]
-            digest.update(f"{layer} {tensor.dtype} {inner};".encode())
+    for layer, tensor in _tensors(kv_caches):
+        block_axis = _block_axis(layer, tensor, num_blocks)
+        block_stride = tensor.stride(block_axis)
+        axes = [  # strides outside the blocks grow with their number, so they are left out
+            (size, stride if stride < block_stride else None)
+            for axis, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True))
+            if axis != block_axis
+        ]
+        digest.update(f"{layer} {tensor.dtype} {axes};".encode())
     return digest.hexdigest()
 
 
@@ -82,6 +81,8 @@ class BlockMemory:
         Raises:
             IndexError: there is no such block.
         """
+        if len(block_ids) > self.num_blocks:
+            raise IndexError(f"{len(block_ids)} block ids; there are {self.num_blocks} blocks")
         if any(not 0 <= block_id < self.num_blocks for block_id in block_ids):
             raise IndexError(f"block ids must lie in 0..{self.num_blocks - 1}")
         buffers = []
@@ -91,6 +92,12 @@ class BlockMemory:
                 start = first * region.stride_bytes
                 buffers.append(view[start : last * region.stride_bytes + region.block_bytes])
         return buffers
+
+
+def _tensors(kv_caches: Mapping[str, "KVCache"]) -> Iterator[tuple[str, "torch.Tensor"]]:
+    for layer, kv_cache in kv_caches.items():
+        for tensor in kv_cache if isinstance(kv_cache, Sequence) else (kv_cache,):
+            yield layer, tensor
 
 
 def _runs(block_ids: Iterable[int]) -> Iterator[tuple[int, int]]:

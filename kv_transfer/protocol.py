@@ -25,7 +25,8 @@ MAX_FRAME_BYTES = 16 << 20
 
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
-BlockIds = Annotated[tuple[Annotated[int, msgspec.Meta(ge=0)], ...], msgspec.Meta(max_length=MAX_BLOCKS)]
+BlockId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+BlockIds = Annotated[tuple[BlockId, ...], msgspec.Meta(max_length=MAX_BLOCKS)]
 
 
 class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,7 +121,7 @@ def decode_request(data: bytes | bytearray) -> Request:
     """Raises ProtocolError."""
     try:
         return _request_decoder.decode(data)
-    except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise ProtocolError(f"not a request of protocol {PROTOCOL_VERSION}: {error}") from None
 
 
@@ -128,7 +129,7 @@ def decode_reply(data: bytes | bytearray) -> Reply:
     """Raises ProtocolError."""
     try:
         return _reply_decoder.decode(data)
-    except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise ProtocolError(f"not a reply of protocol {PROTOCOL_VERSION}: {error}") from None
 
 
@@ -137,7 +138,7 @@ class OmniHandOff(msgspec.Struct, frozen=True, kw_only=True):
 
     version: int
     lease_id: Name
-    prompt_digest: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+    prompt_digest: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 
 
 class HandOff(msgspec.Struct, frozen=True, kw_only=True):
@@ -167,7 +168,7 @@ def parse_hand_off(params: Mapping[str, Any]) -> HandOff:
     """
     try:
         hand_off = msgspec.convert(params, HandOff)
-    except (msgspec.ValidationError, RecursionError) as error:
+    except (msgspec.ValidationError, UnicodeError, RecursionError) as error:
         raise HandOffError(f"kv_transfer_params: {error}") from None
     if hand_off.omni.version != PROTOCOL_VERSION:
         raise HandOffError(f"kv_transfer_params: omni.version is {hand_off.omni.version}, not {PROTOCOL_VERSION}")
@@ -192,6 +193,7 @@ def prompt_digest(token_ids: Iterable[int], *others: str | None) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for token_id in token_ids:
         digest.update(token_id.to_bytes(8, "little", signed=True))
+    digest.update(b"\xff" * 8)  # the token id -1: no prompt has it
     for other in others:
-        digest.update(b"\xff" if other is None else f"{len(other)}:{other}".encode())
+        digest.update(b"\xff" if other is None else f"{len(other)}:{other}".encode(errors="surrogatepass"))
     return digest.hexdigest()

@@ -38,7 +38,9 @@ def obey_parent() -> None:
 
 def name_shared_memory() -> None:
     """Have all that this process and its forks create in /dev/shm bear its pid, so that it can be found afterwards."""
-    shared_memory._SHM_NAME_PREFIX = f"/{_prefix(os.getpid())}"  # type: ignore[attr-defined]
+    prefix = f"/{_prefix(os.getpid())}"
+    shared_memory._SHM_NAME_PREFIX = prefix  # type: ignore[attr-defined]
+    shared_memory._SHM_SAFE_NAME_LENGTH = len(prefix) + 12  # type: ignore[attr-defined]
 
 
 def remove_shared_memory(pid: int | None = None) -> None:

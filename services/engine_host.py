@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from omni.adaptors.vllm import api_server, fork_start
 from omni.deployment.errors import DeploymentError
@@ -37,7 +38,7 @@ STAGES = (
 def main(role: Role | None = None) -> int:
     obey_parent()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="deployment file")
+    parser.add_argument("--config", type=Path, required=True, help="deployment file")
     if role is not None:
         parser.add_argument("--group", required=True, help="the group to run, for example group1")
     args = parser.parse_args()
@@ -57,7 +58,7 @@ def run(plan: LaunchPlan, engines: tuple[ProcessPlan, ...]) -> int:
     eager = all("--enforce-eager" in engine.command for engine in engines)
     fork_start.exec_with(fork_start.exec_environment(eager=eager))
     folder = RunFolder.of(plan.name)
-    fork_start.import_vllm()
+    fork_start.import_vllm(plan.model_path)
     children = [
         Child(
             name=engine.name,

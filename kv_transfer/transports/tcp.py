@@ -20,7 +20,16 @@ from kv_transfer.transports.base import Transport
 
 _BUFFERS_PER_CALL = 512  # below the system's IOV_MAX, 1024
 _MAX_CONNECTIONS = 256
-_SEND_TIMEOUT_S = 30.0  # a reader that takes nothing for so long has lost its connection
+_PEER_TIMEOUT_S = 30.0  # a reader that takes nothing, or does not finish its request, for so long is lost
+_CONNECT_TIMEOUT_S = 5.0
+_CLOSE_TIMEOUT_S = 2.0
+_SOCKET_OPTIONS = (  # the end of a peer's machine is noticed after a minute, though nothing is sent
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+)
 
 
 class TcpTransport(Transport):
@@ -35,7 +44,9 @@ class TcpTransport(Transport):
         self._lock = threading.Lock()
         self._closed = False
         self._listener: socket.socket | None = None
-        self._serving: set[socket.socket] = set()
+        self._accepting: threading.Thread | None = None
+        self._serving: dict[socket.socket, threading.Thread] = {}
+        self._reading: set[socket.socket] = set()
         self._idle: dict[RankEndpoint, list[socket.socket]] = {}
 
     # --- serving: P
@@ -44,9 +55,10 @@ class TcpTransport(Transport):
         family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
         self._listener = socket.create_server((host, 0), family=family)
         endpoint = RankEndpoint(host, self._listener.getsockname()[1], secrets.token_hex(16))
-        threading.Thread(
+        self._accepting = threading.Thread(
             target=self._accept, args=(self._listener, endpoint.run_id), name="kv-blocks-accept", daemon=True
-        ).start()
+        )
+        self._accepting.start()
         return endpoint
 
     def _accept(self, listener: socket.socket, run_id: str) -> None:
@@ -58,33 +70,39 @@ class TcpTransport(Transport):
                     return
                 time.sleep(0.1)  # out of file descriptors: connections wait in the backlog until some are closed
                 continue
-            with self._lock:
-                full = self._closed or len(self._serving) >= _MAX_CONNECTIONS
-                if not full:
-                    self._serving.add(connection)
-            if full:
+            if not self._start_serving(connection, run_id):
                 connection.close()
-                continue
-            threading.Thread(
-                target=self._serve_connection, args=(connection, run_id), name="kv-blocks", daemon=True
-            ).start()
+
+    def _start_serving(self, connection: socket.socket, run_id: str) -> bool:
+        thread = threading.Thread(
+            target=self._serve_connection, args=(connection, run_id), name="kv-blocks", daemon=True
+        )
+        with self._lock:
+            if self._closed or len(self._serving) >= _MAX_CONNECTIONS:
+                return False
+            try:
+                thread.start()
+            except RuntimeError:  # the system has no more threads
+                return False
+            self._serving[connection] = thread
+        return True
 
     def _serve_connection(self, connection: socket.socket, run_id: str) -> None:
         try:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _set_options(connection)
             while True:
                 connection.settimeout(None)  # between reads a connection may rest
-                frame = _receive_frame(connection, deadline=None)
-                if frame is None:
+                if not connection.recv(1, socket.MSG_PEEK):
                     return
+                frame = _receive_frame(connection, time.monotonic() + _PEER_TIMEOUT_S)
                 request = protocol.decode_request(frame)
-                connection.settimeout(_SEND_TIMEOUT_S)
+                connection.settimeout(_PEER_TIMEOUT_S)
                 self._answer(connection, request, run_id)
         except (OSError, ProtocolError, PeerUnreachableError):
             pass  # the peer left or does not speak our protocol: the connection ends, the engine does not
         finally:
             with self._lock:
-                self._serving.discard(connection)
+                self._serving.pop(connection, None)
             connection.close()
 
     def _answer(self, connection: socket.socket, request: protocol.Request, run_id: str) -> None:
@@ -113,10 +131,7 @@ class TcpTransport(Transport):
         try:
             _set_deadline(connection, deadline)
             _send_frame(connection, ReadBlocks(peer.run_id, tuple(remote_ids), self._checksum))
-            frame = _receive_frame(connection, deadline)
-            if frame is None:
-                raise PeerUnreachableError(f"{peer.host}:{peer.port} closed the connection")
-            reply = protocol.decode_reply(frame)
+            reply = protocol.decode_reply(_receive_frame(connection, deadline))
             if isinstance(reply, Refused):
                 raise PeerRefusedError(reply.why)
             if not isinstance(reply, BlocksFollow) or reply.num_bytes != num_bytes:
@@ -125,13 +140,13 @@ class TcpTransport(Transport):
             if self._checksum:
                 self._verify(connection, buffers, deadline)
         except TimeoutError:
-            connection.close()
+            self._drop(connection)
             raise DeadlineError(f"reading {num_bytes} bytes from {peer.host}:{peer.port} did not end in time") from None
         except OSError as error:
-            connection.close()
+            self._drop(connection)
             raise PeerUnreachableError(f"{peer.host}:{peer.port}: {error}") from None
         except BaseException:
-            connection.close()
+            self._drop(connection)
             raise
         self._give_back(peer, connection)
         return num_bytes
@@ -145,46 +160,91 @@ class TcpTransport(Transport):
 
     def _take_connection(self, peer: RankEndpoint, deadline: float) -> socket.socket:
         with self._lock:
+            self._close_dead()
             idle = self._idle.get(peer)
-            if idle:
-                return idle.pop()
-        timeout_s = deadline - time.monotonic()
+            connection = idle.pop() if idle else None
+            if connection is not None:
+                self._reading.add(connection)
+                return connection
+        timeout_s = min(deadline - time.monotonic(), _CONNECT_TIMEOUT_S)
         if timeout_s <= 0:
             raise DeadlineError(f"no time left to connect to {peer.host}:{peer.port}")
         try:
             connection = socket.create_connection((peer.host, peer.port), timeout=timeout_s)
         except TimeoutError:
             raise DeadlineError(f"{peer.host}:{peer.port} did not accept a connection in time") from None
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # UnicodeError: no host can have that name
             raise PeerUnreachableError(f"{peer.host}:{peer.port}: {error}") from None
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return connection
+        _set_options(connection)
+        with self._lock:
+            if not self._closed:
+                self._reading.add(connection)
+                return connection
+        connection.close()
+        raise PeerUnreachableError("this engine is shutting down")
+
+    def _close_dead(self) -> None:
+        """Close idle connections whose peer has gone: nobody may ever ask for that peer again. Needs the lock."""
+        for peer, idle in list(self._idle.items()):
+            for connection in [connection for connection in idle if not _is_quiet(connection)]:
+                idle.remove(connection)
+                connection.close()
+            if not idle:
+                del self._idle[peer]
 
     def _give_back(self, peer: RankEndpoint, connection: socket.socket) -> None:
         with self._lock:
+            self._reading.discard(connection)
             if not self._closed:
                 self._idle.setdefault(peer, []).append(connection)
                 return
         connection.close()
 
+    def _drop(self, connection: socket.socket) -> None:
+        with self._lock:
+            self._reading.discard(connection)
+        connection.close()
+
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            connections = [*self._serving, *(c for idle in self._idle.values() for c in idle)]
+            idle = [connection for connections in self._idle.values() for connection in connections]
             self._idle.clear()
-        if self._listener is not None:
+            threads = list(self._serving.values())
+            for connection in [*self._serving, *self._reading]:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)  # wakes the thread that uses it, which closes it
+        for connection in idle:
+            connection.close()
+        if self._listener is not None and self._accepting is not None:
             with contextlib.suppress(OSError):
                 self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
+            threads.append(self._accepting)
+        deadline = time.monotonic() + _CLOSE_TIMEOUT_S
+        for thread in threads:
+            thread.join(timeout=max(0.0, deadline - time.monotonic()))
+        if self._listener is not None:
             self._listener.close()
-        for connection in connections:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)  # wakes the thread that serves it, which closes it
-            connection.close()
 
 
-def _set_deadline(connection: socket.socket, deadline: float | None) -> None:
-    if deadline is None:
-        return
+def _set_options(connection: socket.socket) -> None:
+    for option in _SOCKET_OPTIONS:
+        connection.setsockopt(*option)
+
+
+def _is_quiet(connection: socket.socket) -> bool:
+    """Whether the connection is open and has nothing to say: the state between two reads."""
+    connection.settimeout(0)
+    try:
+        connection.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _set_deadline(connection: socket.socket, deadline: float) -> None:
     remaining_s = deadline - time.monotonic()
     if remaining_s <= 0:
         raise TimeoutError
@@ -196,14 +256,10 @@ def _send_frame(connection: socket.socket, message: protocol.Request | protocol.
     connection.sendall(FRAME_HEADER.pack(len(data)) + data)
 
 
-def _receive_frame(connection: socket.socket, deadline: float | None) -> bytearray | None:
-    """One length-prefixed message, or None when the peer closed the connection between two messages."""
+def _receive_frame(connection: socket.socket, deadline: float) -> bytearray:
+    """One length-prefixed message."""
     header = bytearray(FRAME_HEADER.size)
-    _set_deadline(connection, deadline)
-    received = connection.recv_into(header)
-    if received == 0:
-        return None
-    _receive_into(connection, [memoryview(header)[received:]], deadline)
+    _receive_into(connection, [memoryview(header)], deadline)
     (size,) = FRAME_HEADER.unpack(header)
     if size > protocol.MAX_FRAME_BYTES:
         raise ProtocolError(f"a message of {size} bytes; at most {protocol.MAX_FRAME_BYTES} are taken")
@@ -212,14 +268,14 @@ def _receive_frame(connection: socket.socket, deadline: float | None) -> bytearr
     return frame
 
 
-def _receive_into(connection: socket.socket, buffers: Sequence[memoryview], deadline: float | None) -> None:
+def _receive_into(connection: socket.socket, buffers: Sequence[memoryview], deadline: float) -> None:
     pending = [buffer for buffer in buffers if len(buffer)]
     start = 0
     while start < len(pending):
         _set_deadline(connection, deadline)
         received = connection.recvmsg_into(pending[start : start + _BUFFERS_PER_CALL])[0]
         if received == 0:
-            raise PeerUnreachableError("the peer closed the connection in the middle of a message")
+            raise PeerUnreachableError("the peer closed the connection before it had answered")
         start = _skip(pending, start, received)
 
 

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 from omni.deployment.errors import Problem
@@ -11,6 +12,7 @@ from omni.deployment.groups import GroupSettings
 from omni.deployment.model import KvTransfer
 
 API_SERVER = "omni.adaptors.vllm.api_server"
+SHUTDOWN_TIMEOUT_S = 5  # for requests in flight
 MAX_NUM_SEQS_CPU = 64  # vLLM's own default is made for accelerators
 
 # What a user may write although the plan has a default or an opinion.
@@ -42,6 +44,8 @@ class EngineCommand:
 
     group: GroupSettings
     dp_rank: int
+    name: str  # the process's: "prefill.group1.rank0"
+    deployment_name: str
     host: str
     port: int
     model_path: Path
@@ -49,7 +53,6 @@ class EngineCommand:
     dtype: str
     max_model_len: int  # tokens
     kv_bytes_per_worker: int | None  # None: vLLM measures the device
-    engine_id: str
     kv_transfer: KvTransfer
     is_cpu: bool
     is_moe: bool
@@ -75,6 +78,8 @@ class EngineCommand:
         yield from ("--max-model-len", str(self.max_model_len))
         yield from ("--tensor-parallel-size", str(self.group.tensor_parallel_size))
         yield from ("--kv-transfer-config", json.dumps(self._kv_transfer_config()))
+        # Without it vLLM kills its EngineCore at once, which then cannot clean up.
+        yield from ("--shutdown-timeout", str(SHUTDOWN_TIMEOUT_S))
         if self.kv_bytes_per_worker is not None:
             yield from ("--kv-cache-memory-bytes", str(self.kv_bytes_per_worker))
         if self.is_moe and self.group.data_parallel_size > 1:
@@ -106,19 +111,20 @@ class EngineCommand:
             "kv_connector": "OmniConnector",
             "kv_connector_module_path": "kv_transfer.connector",
             "kv_role": {"prefill": "kv_producer", "decode": "kv_consumer"}[self.group.role],
-            "engine_id": self.engine_id,
+            "engine_id": f"{self.deployment_name}.{self.name}",
             "kv_load_failure_policy": self.kv_transfer.load_failure_policy,
             "kv_connector_extra_config": {
                 "listen_host": self.host,
                 "lease_s": self.kv_transfer.lease_s,
                 "load_timeout_s": self.kv_transfer.load_timeout_s,
+                "checksum": self.kv_transfer.checksum,
             },
         }
 
 
 def block_size_of(extra_args: Sequence[str]) -> int | None:
     """The KV block size that the user's arguments ask for, tokens."""
-    for part, following in zip(extra_args, [*extra_args[1:], ""], strict=True):
+    for part, following in zip_longest(extra_args, extra_args[1:], fillvalue=""):
         if _flag(part) == "--block-size":
             text = part.partition("=")[2] or following
             return int(text) if text.isdecimal() and int(text) > 0 else None

@@ -1,8 +1,8 @@
 """Everything that omni.deployment raises.
 
-    DeploymentError (ValueError)
-    └── ConfigError         the deployment file, or what it points to, cannot be used
-        └── MachineError    the file is good, but this machine cannot run it now
+DeploymentError (ValueError)
+└── ConfigError         the deployment file, or what it points to, cannot be used
+    └── MachineError    the file is good, but this machine cannot run it now
 """
 
 from collections.abc import Iterable

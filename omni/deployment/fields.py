@@ -78,7 +78,9 @@ def _host(value: Any) -> str:
 
 def _hosts(value: Any) -> tuple[str, ...]:
     if not isinstance(value, str) or not value.strip():
-        raise _refusal("is not a list of hosts", 'write them with commas between, the master first: "10.0.0.1,10.0.0.2"')
+        raise _refusal(
+            "is not a list of hosts", 'write them with commas between, the master first: "10.0.0.1,10.0.0.2"'
+        )
     hosts = tuple(_host(part) for part in value.split(","))
     if "0.0.0.0" in hosts:
         raise _refusal("holds 0.0.0.0, which nobody can connect to", "write this machine's address, such as 127.0.0.1")

@@ -18,7 +18,7 @@ class GroupSettings:
     group: Group  # as written
     shared: EngineOptions  # services.prefill or services.decode
     max_model_len: int  # as written, or the default
-    use_devices: bool  # False on a CPU: then ascend_rt_visible_devices counts for nothing
+    use_devices: bool  # elsewhere than on an NPU ascend_rt_visible_devices counts for nothing
 
     @property
     def path(self) -> str:
@@ -85,7 +85,7 @@ class GroupSettings:
 def group_settings(deployment: Deployment) -> Iterator[GroupSettings]:
     """Every group, prefill first, in the file's order."""
     pools, services = deployment.deployment, deployment.services
-    use_devices = deployment.effective_platform != "cpu"
+    use_devices = deployment.effective_platform == "npu"
     for name, group in pools.prefill.items():
         yield GroupSettings(
             role="prefill",

@@ -1,83 +1,47 @@
-"""Deployment file → `Deployment`: YAML, then field by field, then the rules across fields."""
+"""Deployment file → launch plan for this machine: the one call that commands make."""
 
-from collections.abc import Hashable
 from pathlib import Path
-from typing import Any
 
-import yaml
-from pydantic import ValidationError
+from omni.deployment.deployment_file import load_deployment
+from omni.deployment.errors import ConfigError, Problem
+from omni.deployment.local_hosts import host_problems
+from omni.deployment.machine import Machine, this_machine
+from omni.deployment.model import EMBEDDED, Deployment
+from omni.deployment.model_info import FIELD, ModelInfo, read_model_info
+from omni.deployment.plan import make_plan
+from omni.deployment.plan_types import LaunchPlan
 
-from omni.deployment.errors import ConfigError, Problem, raise_any
-from omni.deployment.model import Deployment
-from omni.deployment.translate import problems_of
-from omni.deployment.validate import cross_field_problems
 
-
-def load_deployment(path: Path) -> Deployment:
-    """Reads and checks a deployment file.
+def load_plan(config_file: Path | str, machine: Machine | None = None) -> LaunchPlan:
+    """Reads a deployment file and plans it. An embedded model is made first where it is missing (a minute).
 
     Raises:
-        ConfigError: the file is missing, not YAML or breaks a rule; all problems of the same stage are in it.
+        ConfigError: the file, or the model it names, cannot be used; the text says where and what to write instead.
     """
-    data = _read_mapping(path)
-    data.setdefault("name", path.stem)
+    config_file = Path(config_file).absolute()
+    deployment = load_deployment(config_file)
+    machine = machine or this_machine()
+    wrong_hosts = tuple(host_problems(deployment, machine))
+    if wrong_hosts and deployment.services.model_path.startswith(EMBEDDED):
+        raise ConfigError(wrong_hosts)  # now rather than after a minute of making the model
     try:
-        deployment = Deployment.model_validate(data)
-    except ValidationError as error:
-        raise ConfigError(problems_of(error)) from None
-    raise_any(cross_field_problems(deployment))
-    return deployment
+        model = _model(deployment)
+    except ConfigError as error:
+        # A model that is missing here is no news when it lives on other hosts.
+        raise ConfigError(wrong_hosts or error.problems) from None
+    return make_plan(deployment, model, machine, config_file=config_file)
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
+def _model(deployment: Deployment) -> ModelInfo:
+    written = deployment.services.model_path
+    if not written.startswith(EMBEDDED):
+        return read_model_info(Path(written).expanduser().absolute())
+    # Imported here: most deployments need neither the converters nor what they import.
+    from omni.deployment.embedded_model import ensure_embedded_model
+
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise _file_error(path, "does not exist", "name a deployment file, such as configs/demo.yaml") from None
-    except UnicodeDecodeError:
-        raise _file_error(path, "is not UTF-8 text", "save it as UTF-8") from None
-    except OSError as error:
-        raise _file_error(path, f"cannot be read ({error.strerror})", "make it a file you may read") from None
-    try:
-        data = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 (a SafeLoader with more checks)
-    except yaml.MarkedYAMLError as error:
-        raise _yaml_error(path, error) from None
-    except yaml.YAMLError:
-        raise _file_error(path, "holds characters that YAML does not allow", "save it as plain text") from None
-    if not isinstance(data, dict):
-        raise _file_error(path, "is not a block of keys", "start it with `deployment:`; see configs/1p1d.yaml")
-    return data
-
-
-def _file_error(path: Path, text: str, mend: str) -> ConfigError:
-    return ConfigError([Problem(str(path), text, mend)])
-
-
-def _yaml_error(path: Path, error: yaml.MarkedYAMLError) -> ConfigError:
-    """Names line and column but never quotes the line: it may hold a password."""
-    mark = error.problem_mark or error.context_mark
-    where = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
-    if isinstance(error, _KeyProblemError):
-        return ConfigError([Problem(where, str(error.problem), "keep one and delete the other")])
-    # The texts of these two quote the value; a scanner's or parser's text names a symbol at most.
-    quotes_value = isinstance(error, yaml.composer.ComposerError | yaml.constructor.ConstructorError)
-    detail = "an alias (*), anchor (&) or tag (!) that does not fit" if quotes_value else error.problem
-    mend = "check indentation, and put values that hold `: `, ` #` or start with * & ! % @ in quotes"
-    return ConfigError([Problem(where, f"not valid YAML ({detail})", mend)])
-
-
-class _KeyProblemError(yaml.MarkedYAMLError):
-    """A key stands twice in one block; YAML itself would silently keep the last."""
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML as `yaml.safe_load` reads it, except that a repeated key is an error and every key is text."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        lines: dict[str, int] = {}
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in lines:
-                text = f"the key {key.value} stands twice in one block, first on line {lines[key.value]}"
-                raise _KeyProblemError(None, None, text, key.start_mark)
-            lines[key.value] = key.start_mark.line + 1
-        return {str(key): value for key, value in super().construct_mapping(node, deep=deep).items()}
+        folder = ensure_embedded_model(written.removeprefix(EMBEDDED))
+    except (ValueError, ImportError, OSError) as error:
+        mend = "write a model folder's path, or mend what the message names"
+        raise ConfigError([Problem(FIELD, f"{written}: {error}", mend)]) from error
+    return read_model_info(folder)

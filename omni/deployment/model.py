@@ -1,6 +1,6 @@
 """The deployment file as typed models: one class per block, one attribute per key.
 
-`omni.deployment.load` reads a file into `Deployment`; rules that span several keys are in `omni.deployment.validate`.
+`omni.deployment.deployment_file` reads a file into `Deployment`; `omni.deployment.validate` has the rules across keys.
 
 Which value counts, where a key may stand in two places:
 - data_parallel_size, tensor_parallel_size, extra_args, kv_cache_gib: the group's, else services.prefill / .decode's.
@@ -34,7 +34,7 @@ from omni.deployment.fields import (
 Platform = Literal["cpu", "npu", "cuda"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
-HOST_KEY = "host <IP>"  # how the overrides of single hosts are named in help and error texts
+HOST_KEY = "host <IP>"  # the alias below: how errors name the overrides of single hosts
 MASTER_PORT_OFFSET = 1000
 EMBEDDED = "embedded:"  # model_path: embedded:<name>
 
@@ -76,7 +76,7 @@ class Group(Access, EngineOptions):
     base_api_port: Port  # the api server of rank r listens on base_api_port + r
     master_port: Port | None = None  # where DP ranks find each other; default: base_api_port + 1000
     ascend_rt_visible_devices: Devices | None = None
-    host_overrides: dict[str, HostOverride] = Field(default_factory=dict, alias=HOST_KEY)
+    host_overrides: dict[str, HostOverride] = Field(default_factory=dict, alias="host <IP>")
 
     @model_validator(mode="before")
     @classmethod
@@ -114,6 +114,7 @@ class KvTransfer(Block):
     lease_s: Positive = 30.0  # how long prefill keeps KV blocks that nobody fetches
     load_timeout_s: Positive = 30.0  # how long decode waits for KV blocks
     load_failure_policy: Literal["recompute", "fail"] = "recompute"  # what decode does when they do not come
+    checksum: bool = False  # CRC-32 of all that is moved; costs about a third of the speed on a fast link
 
 
 class Services(Block):

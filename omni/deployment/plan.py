@@ -4,15 +4,16 @@ CPU engines share cores and memory (`cores`, `memory`); on devices vLLM measures
 """
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from omni.deployment.cores import Cores, omp_binding, share_cores
+from omni.deployment.cores import Cores, share_cores
 from omni.deployment.engine_command import EngineCommand, block_size_of
+from omni.deployment.engine_env import engine_env, env_problems
 from omni.deployment.errors import Problem, raise_any
 from omni.deployment.groups import GroupSettings, group_settings
-from omni.deployment.local import host_problems
+from omni.deployment.local_hosts import host_problems
 from omni.deployment.machine import Machine
 from omni.deployment.memory import GIB, PROXY_BYTES, KvNeed, engine_bytes_without_kv, kv_need, kv_sizes
 from omni.deployment.model import Deployment
@@ -20,39 +21,39 @@ from omni.deployment.model_info import DTYPE_BYTES, ModelInfo
 from omni.deployment.plan_types import LaunchPlan, ProcessPlan
 
 CPU_BLOCK_SIZE = 128  # tokens; vLLM's default on a CPU
-CPU_MLA_BLOCK_SIZE = 16  # the only one its CPU kernel for MLA has
-
-# Set by the plan, or by vLLM's old way to size the KV cache, which would win over the plan's.
-_RESERVED_ENV = ("VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_KVCACHE_SPACE")
+CPU_MLA_BLOCK_SIZE = 16  # the only one that its CPU kernel for MLA has
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Rank:
-    """One engine to be planned."""
+    """One engine, with its share of the machine."""
 
     group: GroupSettings
     dp_rank: int
-    need: KvNeed
-    max_model_len: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.group.role}.{self.group.name}.rank{self.dp_rank}"
+    workers: tuple[Cores, ...]  # the cores of each TP rank
+    kv_bytes: int | None  # of all TP ranks; None: vLLM measures the device
+    memory_bytes: int
+    first_device: int
 
 
 def make_plan(deployment: Deployment, model: ModelInfo, machine: Machine, *, config_file: Path) -> LaunchPlan:
     """Plans every process of a deployment on this machine.
 
     Raises:
-        ConfigError: the plan would not work, whatever the state of the machine.
+        ConfigError: the plan could not work, however free the machine is.
     """
     dtype = _dtype(deployment, model, machine)
     groups = list(group_settings(deployment))
-    raise_any(host_problems(deployment, machine))
-    raise_any(problem for group in groups for problem in _group_problems(group, model))
-    ranks = [rank for group in groups for rank in _ranks(group, model, dtype)]
-    raise_any(problem for rank in ranks if rank.dp_rank == 0 for problem in _kv_problems(rank))
-    engines = list(_engines(deployment, model, machine, dtype, ranks))
+    problems = list(host_problems(deployment, machine))
+    for group in groups:
+        problems += [*_length_problems(group, model), *_kv_problems(group, model, dtype), *env_problems(group)]
+    ranks = list(_ranks(deployment, groups, model, machine, dtype))
+    commands = [_command(deployment, rank, model, dtype) for rank in ranks]
+    for command in commands:
+        if command.dp_rank == 0:  # the ranks of a group differ in nothing a user writes
+            problems += command.problems()
+    raise_any(dict.fromkeys(problems))  # what a role says wrongly shows once, not once per group
+    engines = [_engine(deployment, rank, command) for rank, command in zip(ranks, commands, strict=True)]
     return LaunchPlan(
         name=deployment.name,
         config_file=config_file,
@@ -71,53 +72,125 @@ def _dtype(deployment: Deployment, model: ModelInfo, machine: Machine) -> str:
     return model.stored_dtype if DTYPE_BYTES.get(model.stored_dtype) == 2 else "bfloat16"
 
 
-def _group_problems(group: GroupSettings, model: ModelInfo) -> Iterator[Problem]:
+def _max_model_len(group: GroupSettings, model: ModelInfo) -> int:
+    """A default shrinks to what the model can do; a written value that does not fit is `_length_problems`' matter."""
+    return min(group.max_model_len, model.max_position_embeddings or group.max_model_len)
+
+
+def _length_problems(group: GroupSettings, model: ModelInfo) -> Iterator[Problem]:
     limit = model.max_position_embeddings
     if "max_model_len" in group.shared.model_fields_set and limit is not None and group.max_model_len > limit:
         text = f"{group.max_model_len} is more than the model's {limit} tokens"
         yield Problem(f"services.{group.role}.max_model_len", text, f"write at most {limit}, or delete the line")
-    for name in group.env:
-        if name in _RESERVED_ENV or name.startswith("VLLM_DP_"):
-            yield Problem(group.field("env"), f"{name} is set by the plan", "delete it")
 
 
-def _ranks(group: GroupSettings, model: ModelInfo, dtype: str) -> Iterator[_Rank]:
-    length = min(group.max_model_len, model.max_position_embeddings or group.max_model_len)
+def _kv_need(group: GroupSettings, model: ModelInfo, dtype: str) -> KvNeed:
     default_block_size = CPU_MLA_BLOCK_SIZE if model.mla_width else CPU_BLOCK_SIZE
-    need = kv_need(
+    return kv_need(
         model,
         dtype=dtype,
         tp=group.tensor_parallel_size,
         block_size=block_size_of(group.extra_args) or default_block_size,
-        max_model_len=length,
+        max_model_len=_max_model_len(group, model),
         kv_cache_gib=group.kv_cache_gib,
     )
-    for dp_rank in range(group.data_parallel_size):
-        yield _Rank(group, dp_rank, need, length)
 
 
-def _kv_problems(rank: _Rank) -> Iterator[Problem]:
-    need = rank.need
+def _kv_problems(group: GroupSettings, model: ModelInfo, dtype: str) -> Iterator[Problem]:
+    need = _kv_need(group, model, dtype)
     if need.written_bytes is not None and need.written_bytes < need.least_bytes:
         text = (
-            f"{need.written_bytes / GIB:.3f} GiB holds less than one sequence of {rank.max_model_len} tokens, "
+            f"{group.kv_cache_gib:g} GiB holds less than one sequence of {_max_model_len(group, model)} tokens, "
             f"which takes {need.least_bytes / GIB:.3f} GiB"
         )
-        mend = f"raise it, delete it, or lower services.{rank.group.role}.max_model_len"
-        yield Problem(rank.group.field("kv_cache_gib"), text, mend)
+        mend = f"raise it, delete it, or lower services.{group.role}.max_model_len"
+        yield Problem(group.field("kv_cache_gib"), text, mend)
 
 
-def _engines(
-    deployment: Deployment, model: ModelInfo, machine: Machine, dtype: str, ranks: Sequence[_Rank]
-) -> Iterator[ProcessPlan]:
+def _ranks(
+    deployment: Deployment, groups: Sequence[GroupSettings], model: ModelInfo, machine: Machine, dtype: str
+) -> Iterator[_Rank]:
     is_cpu = deployment.effective_platform == "cpu"
-    tp_sizes = [rank.group.tensor_parallel_size for rank in ranks]
-    fixed_bytes = [engine_bytes_without_kv(model, dtype, tp) for tp in tp_sizes]
-    kv_bytes = kv_sizes([rank.need for rank in ranks], machine.available_bytes, [*fixed_bytes, PROXY_BYTES])
-    first_device = 0
-    problems: list[Problem] = []
-    planned: list[ProcessPlan] = []
-    for rank, cores, own_bytes, kv in zip(ranks, share_cores(machine.cores, tp_sizes), fixed_bytes, kv_bytes, strict=True):
-        ...
-    raise_any(problems)
-    yield from planned
+    engines = [(group, dp_rank) for group in groups for dp_rank in range(group.data_parallel_size)]
+    tp_sizes = [group.tensor_parallel_size for group, _ in engines]
+    needs = [_kv_need(group, model, dtype) for group, _ in engines]
+    own_bytes = [engine_bytes_without_kv(model, dtype, tp) for tp in tp_sizes]
+    if is_cpu:
+        kv_bytes: list[int | None] = [*kv_sizes(needs, machine.available_bytes, [*own_bytes, PROXY_BYTES])]
+        cores = share_cores(machine.cores, tp_sizes)
+    else:
+        kv_bytes, cores = [need.written_bytes for need in needs], [()] * len(engines)
+    for index, (group, dp_rank) in enumerate(engines):
+        kv = kv_bytes[index]
+        yield _Rank(
+            group=group,
+            dp_rank=dp_rank,
+            workers=cores[index],
+            kv_bytes=kv,
+            memory_bytes=own_bytes[index] + (kv or 0) if is_cpu else own_bytes[index] - model.weight_bytes_as(dtype),
+            first_device=sum(tp_sizes[:index]),
+        )
+
+
+def _command(deployment: Deployment, rank: _Rank, model: ModelInfo, dtype: str) -> EngineCommand:
+    group, host = rank.group, rank.group.hosts[0]
+    return EngineCommand(
+        group=group,
+        dp_rank=rank.dp_rank,
+        name=f"{group.role}.{group.name}.rank{rank.dp_rank}",
+        deployment_name=deployment.name,
+        host=host,
+        port=group.base_api_port(host) + rank.dp_rank,
+        model_path=model.path,
+        served_model_name=deployment.model_name,
+        dtype=dtype,
+        max_model_len=_max_model_len(group, model),
+        kv_bytes_per_worker=None if rank.kv_bytes is None else rank.kv_bytes // group.tensor_parallel_size,
+        kv_transfer=deployment.services.kv_transfer,
+        is_cpu=deployment.effective_platform == "cpu",
+        is_moe=model.is_moe,
+    )
+
+
+def _engine(deployment: Deployment, rank: _Rank, command: EngineCommand) -> ProcessPlan:
+    return ProcessPlan(
+        name=command.name,
+        role=rank.group.role,
+        group=rank.group.name,
+        dp_rank=rank.dp_rank,
+        host=command.host,
+        port=command.port,
+        command=command.argv(),
+        env=engine_env(
+            rank.group,
+            rank.dp_rank,
+            platform=deployment.effective_platform,
+            workers=rank.workers,
+            first_device=rank.first_device,
+        ),
+        log_file=deployment.log_folder / f"{command.name}.log",
+        cpu_cores=tuple(sorted({core for cores in rank.workers for core in cores})),
+        kv_bytes=rank.kv_bytes or 0,
+        memory_bytes=rank.memory_bytes,
+    )
+
+
+def _proxy(deployment: Deployment, engines: Sequence[ProcessPlan]) -> ProcessPlan:
+    proxy = deployment.deployment.proxy
+    command = [sys.executable, "-m", "services.global_proxy", "--host", proxy.host, "--port", str(proxy.listen_port)]
+    for engine in engines:
+        command += [f"--{engine.role}", engine.url]
+    return ProcessPlan(
+        name="proxy",
+        role="proxy",
+        group="",
+        dp_rank=0,
+        host=proxy.host,
+        port=proxy.listen_port,
+        command=tuple(command),
+        env={},
+        log_file=deployment.log_folder / "proxy.log",
+        cpu_cores=(),
+        kv_bytes=0,
+        memory_bytes=PROXY_BYTES,
+    )

@@ -11,6 +11,7 @@ from omni.deployment.errors import Problem
 from omni.deployment.fields import REFUSED
 from omni.deployment.model import HOST_KEY, Deployment
 
+_MAY_HOLD_SECRETS = ("extra_args", "env")  # --api-key, HF_TOKEN
 LATER_BACKENDS = ("ansible", "ray", "kubernetes")
 
 
@@ -35,7 +36,7 @@ def _problem(detail: ErrorDetails) -> Problem:
     field, value, kind = field_path(detail["loc"]), detail["input"], detail["type"]
     if kind == REFUSED:
         what, _, mend = detail["ctx"]["text"].partition("; ")
-        return Problem(field, f"{_shown(value)} {what}", mend)
+        return Problem(field, what if detail["loc"][-1] in _MAY_HOLD_SECRETS else f"{_shown(value)} {what}", mend)
     if kind == "missing":
         return Problem(field, "is missing", "add it; configs/1p1d.yaml shows a whole file")
     if kind == "extra_forbidden":
@@ -46,7 +47,9 @@ def _problem(detail: ErrorDetails) -> Problem:
     if kind == "literal_error":
         if field == "backend" and value in LATER_BACKENDS:
             return Problem(field, f"{value!r} is not in this version", "write local")
-        return Problem(field, f"{_shown(value)} is not known", f"write {detail['ctx']['expected'].replace(chr(39), '')}")
+        return Problem(
+            field, f"{_shown(value)} is not known", f"write {detail['ctx']['expected'].replace(chr(39), '')}"
+        )
     if kind == "string_type":
         # Only passwords and http_proxy get here; neither is shown.
         return Problem(field, "is not text", "put it in quotes")

@@ -46,7 +46,7 @@ def _device_problems(group: GroupSettings) -> Iterator[Problem]:
     needed = group.data_parallel_size * group.tensor_parallel_size
     if needed > group.num_devices:
         text = (
-            f"{group.data_parallel_size} DP ranks with {group.tensor_parallel_size} devices each need {needed} devices, "
+            f"{group.data_parallel_size} DP ranks with {group.tensor_parallel_size} devices each need {needed}, "
             f"ascend_rt_visible_devices lists {group.num_devices} on {len(group.hosts)} host(s)"
         )
         mend = "lower data_parallel_size or tensor_parallel_size, or list more devices"

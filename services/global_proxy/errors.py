@@ -1,30 +1,30 @@
 """Everything that can end a request early.
 
-    RequestEnded
-    ├── ClientGone              the client hung up: there is nobody to answer
-    └── ProxyError              answered in OpenAI's shape, with `status` and `kind`
-        ├── InvalidRequest      400
-        │   ├── BodyTimeout     408
-        │   └── BodyTooLarge    413
-        ├── DeadlineExceeded    504
-        ├── Draining            503   the proxy is stopping
-        └── UpstreamError             an engine let us down
-            ├── Unreachable     503   no connection was ever made: nothing ran there
-            └── Died            502   the connection broke, or the answer makes no sense
+RequestEndedError
+├── ClientGoneError             the client hung up: there is nobody to answer
+└── ProxyError                  answered in OpenAI's shape, with `status` and `kind`
+    ├── InvalidRequestError     400
+    │   ├── BodyTimeoutError    408
+    │   └── BodyTooLargeError   413
+    ├── DeadlineError           504
+    ├── DrainingError           503   the proxy is stopping
+    └── UpstreamError                 an engine let us down
+        ├── UnreachableError    503   no connection was ever made: nothing ran there
+        └── DiedError           502   the connection broke, or the answer makes no sense
 """
 
 from typing import ClassVar
 
 
-class RequestEnded(Exception):
+class RequestEndedError(Exception):
     """The base of this package's errors."""
 
 
-class ClientGone(RequestEnded):
+class ClientGoneError(RequestEndedError):
     """The client hung up."""
 
 
-class ProxyError(RequestEnded):
+class ProxyError(RequestEndedError):
     """An error with an answer.
 
     Args:
@@ -42,27 +42,27 @@ class ProxyError(RequestEnded):
         self.param = param
 
 
-class InvalidRequest(ProxyError):
+class InvalidRequestError(ProxyError):
     status = 400
     kind = "BadRequestError"
 
 
-class BodyTimeout(InvalidRequest):
+class BodyTimeoutError(InvalidRequestError):
     status = 408
     kind = "RequestTimeoutError"
 
 
-class BodyTooLarge(InvalidRequest):
+class BodyTooLargeError(InvalidRequestError):
     status = 413
     kind = "RequestTooLargeError"
 
 
-class DeadlineExceeded(ProxyError):
+class DeadlineError(ProxyError):
     status = 504
     kind = "GatewayTimeoutError"
 
 
-class Draining(ProxyError):
+class DrainingError(ProxyError):
     status = 503
     kind = "ServiceUnavailableError"
     retry_after_s = 1
@@ -72,14 +72,14 @@ class UpstreamError(ProxyError):
     reason: ClassVar[str]  # label of omni_proxy_upstream_failures_total
 
 
-class Unreachable(UpstreamError):
+class UnreachableError(UpstreamError):
     status = 503
     kind = "ServiceUnavailableError"
     retry_after_s = 1
     reason = "unreachable"
 
 
-class Died(UpstreamError):
+class DiedError(UpstreamError):
     status = 502
     kind = "BadGatewayError"
     reason = "died"

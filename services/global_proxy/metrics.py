@@ -11,7 +11,10 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
-            "omni_proxy_requests", "Requests, by answer; 499: the client left", ["endpoint", "code"], registry=self.registry
+            "omni_proxy_requests",
+            "Requests, by answer; 499: the client left",
+            ["endpoint", "code"],
+            registry=self.registry,
         )
         self.request_seconds = self._seconds("request", "From the request's headers to the answer's last byte")
         self.ttft_seconds = self._seconds("ttft", "From the request's headers to the first body byte from D")

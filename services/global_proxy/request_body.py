@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from services.global_proxy.errors import InvalidRequest
+from services.global_proxy.errors import InvalidRequestError
 
 # Set by the proxy alone. From a client they would reach into an engine's connectors, or (request_id) let two clients
 # collide inside an engine.
@@ -76,14 +76,14 @@ def parse_body(raw: bytes, max_n: int) -> RequestBody:
     """Read a client's body.
 
     Raises:
-        InvalidRequest: it is not a JSON object, or `n` is out of range.
+        InvalidRequestError: it is not a JSON object, or `n` is out of range.
     """
     try:
         fields = msgspec.json.decode(raw)
     except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are ValueErrors
-        raise InvalidRequest(f"The request body is not valid JSON: {error}") from error
+        raise InvalidRequestError(f"The request body is not valid JSON: {error}") from error
     if not isinstance(fields, dict) or not fields:
-        raise InvalidRequest("The request body must be a JSON object with at least one field")
+        raise InvalidRequestError("The request body must be a JSON object with at least one field")
     for name in _NEVER_FROM_A_CLIENT:
         fields.pop(name, None)
     _clean_vllm_xargs(fields)
@@ -103,7 +103,7 @@ def _count_choices(fields: dict[str, Any], max_n: int) -> int:
     if n is None:
         return 1
     if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= max_n:
-        raise InvalidRequest(f"n must be a whole number from 1 to {max_n}", param="n")
+        raise InvalidRequestError(f"n must be a whole number from 1 to {max_n}", param="n")
     return n
 
 
@@ -111,4 +111,4 @@ def _encode(body: dict[str, Any]) -> bytes:
     try:
         return msgspec.json.encode(body)
     except RecursionError as error:
-        raise InvalidRequest("The request body is nested too deeply") from error
+        raise InvalidRequestError("The request body is nested too deeply") from error

@@ -4,8 +4,11 @@
 `serve(ARGS)` runs in a forked child.
 """
 
+import argparse
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from omni.adaptors.vllm import fork_start
 
@@ -25,6 +28,7 @@ def serve(arguments: Sequence[str]) -> None:
     from vllm.logger import configure_logging_from_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    _hide_data_parallel_variables(arguments)
     fork_start.use_fork()
     args = make_arg_parser(FlexibleArgumentParser(prog="vllm serve")).parse_args(list(arguments))
     configure_logging_from_args(args)
@@ -32,9 +36,21 @@ def serve(arguments: Sequence[str]) -> None:
     uvloop.run(run_server(args))
 
 
+def _hide_data_parallel_variables(arguments: Sequence[str]) -> None:
+    """VLLM_DP_* tell where this rank stands. vLLM reads them too, and refuses a dense model that has a DP size above 1.
+
+    The ranks of a dense model are independent, so vLLM is told of data parallelism by arguments only, where it matters.
+    """
+    if "--data-parallel-size" not in arguments:
+        for name in [name for name in os.environ if name.startswith("VLLM_DP_")]:
+            del os.environ[name]
+
+
 def main() -> None:
     fork_start.exec_with(fork_start.exec_environment(eager="--enforce-eager" in sys.argv))
-    fork_start.import_vllm()
+    model = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    model.add_argument("--model", type=Path, required=True)
+    fork_start.import_vllm(model.parse_known_args()[0].model)
     serve(sys.argv[1:])
 
 

@@ -15,6 +15,7 @@ libgomp does not survive a fork once a parallel region has run, so every process
 import functools
 import importlib
 import importlib.util
+import json
 import multiprocessing
 import multiprocessing.context
 import os
@@ -53,8 +54,8 @@ def exec_environment(*, eager: bool) -> dict[str, str]:
     and torch's own libgomp preloaded, as vLLM does for the processes that it spawns.
 
     Args:
-        eager: the engines run eagerly (--enforce-eager). vLLM compiles a few functions all the same (log-probabilities),
-            which costs the first request that needs one 12 s in a C++ compiler; this keeps it from that.
+        eager: the engines run eagerly (--enforce-eager). vLLM compiles a few functions all the same, such as those for
+            log-probabilities, and the first request that needs one waits 12 s for a C++ compiler; this prevents it.
     """
     env = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     if eager:
@@ -76,11 +77,26 @@ def exec_with(environment: dict[str, str]) -> None:
         os.execve(sys.executable, arguments, {**os.environ, **environment})  # noqa: S606 (no shell)
 
 
-def import_vllm() -> None:
-    """Import vLLM and all that an engine needs; start no thread and run no computation."""
+def import_vllm(model_path: Path) -> None:
+    """Import vLLM and all that an engine for this model needs; start no thread and run no computation.
+
+    Args:
+        model_path: the model's folder; its config.json names the architecture.
+    """
     print("Importing vLLM", file=sys.stderr, flush=True)
     for module in PRELOADED_MODULES:
         importlib.import_module(module)
+    for architecture in json.loads((model_path / "config.json").read_text()).get("architectures") or ():
+        _import_architecture(architecture)
+
+
+def _import_architecture(architecture: str) -> None:
+    """Import the model's module here. vLLM would import it (and itself) in one more process, only to look at it."""
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    registered = ModelRegistry.models.get(architecture)
+    if registered is not None:
+        ModelRegistry.register_model(architecture, registered.load_model_cls())
 
 
 def use_fork() -> None:

@@ -1,0 +1,59 @@
+# Everything a newcomer needs: `make demo` and `make test`. See README.md.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+SITE := $(VENV)/lib/python3.11/site-packages
+CONFIG ?= configs/demo.yaml
+
+.PHONY: demo serve test check install lock bench-start bench-proxy system-deps clean
+
+demo: install
+	$(BIN)/omni_cli demo
+
+serve: install
+	$(BIN)/omni_cli serve $(CONFIG)
+
+test: check
+	$(BIN)/python -m pytest --cov --cov-report=term
+
+check: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# Starts this project's deployments and plain vLLM servers in turn; numbers and what they mean: docs/performance.md.
+bench-start: install
+	$(BIN)/python benchmarks/bench_start.py
+
+bench-proxy: install
+	$(BIN)/python benchmarks/bench_proxy.py
+
+# Debian packages that the tests need beyond Python 3.11: none so far.
+system-deps:
+	@true
+
+install: $(VENV)/.installed
+
+# The lock is complete, so nothing is resolved (--no-deps) and the packages that a CPU torch cannot load stay out.
+# Compiled once here, after the download: every engine imports some 6000 modules. (torch ships one file for a newer
+# Python, which cannot be compiled; hence the leading dash.)
+$(VENV)/.installed: requirements/cpu.lock pyproject.toml
+	@$(PYTHON) --version >/dev/null || { echo "Python 3.11 is needed: set PYTHON to its executable"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet 'pip>=25'
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps -r requirements/cpu.lock || { \
+	  echo "No torch 2.13.0+cpu? On most machines it comes from PyTorch's index of CPU builds:"; \
+	  echo "  PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make install"; exit 1; }
+	-$(BIN)/python -m compileall -q -j 0 $(SITE) >/dev/null 2>&1
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+# Needs uv. A CPU torch is looked for on the configured indexes and in $$UV_FIND_LINKS.
+lock:
+	printf '%s\n' '# Made by `make lock` from pyproject.toml: all of the extras cpu and dev, for Python 3.11 on Linux. Install with --no-deps.' > requirements/cpu.lock.new
+	uv pip compile pyproject.toml --extra cpu --extra dev --python-version 3.11 --no-header --no-annotate -q >> requirements/cpu.lock.new
+	mv requirements/cpu.lock.new requirements/cpu.lock
+
+clean:
+	rm -rf $(VENV) logs .pytest_cache .mypy_cache .ruff_cache .coverage

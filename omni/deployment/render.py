@@ -1,0 +1,90 @@
+"""A launch plan for people (a table) and for programs (a dictionary that json takes). Neither shows a secret."""
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.table import Table
+
+from omni.deployment.memory import GIB
+from omni.deployment.plan_types import LaunchPlan, ProcessPlan
+
+HIDDEN = "***"
+# "key" and "token" as whole words: --tokenizer and --max-num-batched-tokens hide nothing.
+_SECRET_NAME = re.compile(r"(^|[-_])(api)?(key|token)([-_]|$)|secret|passw|credential", re.IGNORECASE)
+
+
+def plan_table(plan: LaunchPlan) -> Table:
+    title = f"{plan.name}: {plan.served_model_name} in {plan.dtype}"
+    caption = f"memory in GiB\nmodel {plan.model_path}\nlogs in {plan.proxy.log_file.parent}"
+    table = Table(title=title, caption=caption)
+    for heading in ("process", "url", "cores"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("KV", "memory"):
+        table.add_column(heading, justify="right")
+    for process in plan.processes:
+        cores = ",".join(map(str, process.cpu_cores)) or "any"
+        kv = _gib(process.kv_bytes) if process.kv_bytes else "-"
+        table.add_row(process.name, process.url, cores, kv, _gib(process.memory_bytes))
+    table.add_section()
+    table.add_row("total", "", "", "", _gib(sum(process.memory_bytes for process in plan.processes)))
+    return table
+
+
+def plan_as_dict(plan: LaunchPlan) -> dict[str, Any]:
+    """Everything in the plan, for showing: hidden values cannot be started from."""
+    return {
+        "name": plan.name,
+        "config_file": str(plan.config_file),
+        "model_path": str(plan.model_path),
+        "served_model_name": plan.served_model_name,
+        "dtype": plan.dtype,
+        "processes": [_process_as_dict(process) for process in plan.processes],
+    }
+
+
+def shown_command(process: ProcessPlan) -> str:
+    """The command as one would type it."""
+    return shlex.join(_without_secrets(process.command))
+
+
+def _process_as_dict(process: ProcessPlan) -> dict[str, Any]:
+    return {
+        "name": process.name,
+        "role": process.role,
+        "group": process.group,
+        "dp_rank": process.dp_rank,
+        "url": process.url,
+        "command": list(_without_secrets(process.command)),
+        "env": dict(_env_without_secrets(process.env)),
+        "log_file": str(process.log_file),
+        "cpu_cores": list(process.cpu_cores),
+        "kv_bytes": process.kv_bytes,
+        "memory_bytes": process.memory_bytes,
+    }
+
+
+def _is_secret(name: str) -> bool:
+    return _SECRET_NAME.search(name) is not None
+
+
+def _env_without_secrets(env: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    for name, value in env.items():
+        yield name, HIDDEN if _is_secret(name) else value
+
+
+def _without_secrets(command: tuple[str, ...]) -> Iterator[str]:
+    """Hides what follows a flag such as --api-key, up to the next flag, and what stands behind its "="."""
+    hiding = False
+    for part in command:
+        if part.startswith("-"):
+            flag, equals, _ = part.partition("=")
+            hiding = _is_secret(flag)
+            yield f"{flag}={HIDDEN}" if hiding and equals else part
+        else:
+            yield HIDDEN if hiding else part
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f}"

@@ -1,0 +1,84 @@
+"""`python -m services.global_proxy --prefill URL --decode URL`: serve until told to stop."""
+
+import argparse
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+
+import uvicorn
+
+from services.global_proxy.app import Proxy
+from services.global_proxy.settings import Settings
+
+_KEEPALIVE_S = 75  # longer than what load balancers keep idle connections for
+_LAST_CLOSE_S = 2  # for connections that outlive the drain
+
+
+class DrainingServer(uvicorn.Server):
+    """Goes on listening while requests in flight finish, so that /health says 503 and /live 200 until the end."""
+
+    def __init__(self, config: uvicorn.Config, proxy: Proxy) -> None:
+        super().__init__(config)
+        self._proxy = proxy
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await self._proxy.in_flight.drain(self._proxy.settings.drain_timeout_s)
+        await super().shutdown(sockets)
+
+
+def make_server(proxy: Proxy, host: str, port: int) -> DrainingServer:
+    config = uvicorn.Config(
+        proxy.app,
+        host=host,
+        port=port,
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        access_log=False,
+        log_config=None,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=_KEEPALIVE_S,
+        timeout_graceful_shutdown=_LAST_CLOSE_S,
+    )
+    return DrainingServer(config, proxy)
+
+
+def parse_arguments(arguments: Sequence[str]) -> tuple[str, int, Settings]:
+    """Host, port and settings; exits with status 2 and a message when they are wrong."""
+    parser = argparse.ArgumentParser(prog="python -m services.global_proxy", description=__doc__)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--prefill", action="append", required=True, metavar="URL", help="may be repeated")
+    parser.add_argument("--decode", action="append", required=True, metavar="URL", help="may be repeated")
+    parser.add_argument("--request-timeout-s", type=float, default=Settings.request_timeout_s)
+    parser.add_argument("--connect-timeout-s", type=float, default=Settings.connect_timeout_s)
+    parser.add_argument("--drain-timeout-s", type=float, default=Settings.drain_timeout_s)
+    options = parser.parse_args(arguments)
+    try:
+        settings = Settings(
+            prefill_urls=tuple(url.rstrip("/") for url in options.prefill),
+            decode_urls=tuple(url.rstrip("/") for url in options.decode),
+            request_timeout_s=options.request_timeout_s,
+            connect_timeout_s=options.connect_timeout_s,
+            drain_timeout_s=options.drain_timeout_s,
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    return options.host, options.port, settings
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.raiseExceptions = False  # a full disk loses log lines, not requests
+    host, port, settings = parse_arguments(sys.argv[1:])
+    # uvicorn raises the signal again once it has stopped: that was the plan, not a failure.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    make_server(Proxy(settings), host, port).run()
+
+
+if __name__ == "__main__":
+    main()

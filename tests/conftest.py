@@ -1,0 +1,30 @@
+"""Fixtures for all tests."""
+
+import random
+import socket
+from collections.abc import Callable
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def free_ports() -> Callable[[int], int]:
+    """A function that finds N consecutive free TCP ports and returns the first."""
+
+    def find(count: int) -> int:
+        for _ in range(1000):
+            first = random.randrange(20000, 32000 - count)
+            if all(_is_free(port) for port in range(first, first + count)):
+                return first
+        raise RuntimeError(f"no {count} consecutive ports are free")
+
+    return find
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True

@@ -1,0 +1,234 @@
+"""Real deployments for tests, started as users start them: a deployment file and `omni_cli`."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+import yaml
+
+READY_TIMEOUT_S = 600
+ANSWER_TIMEOUT_S = 300
+REPOSITORY = Path(__file__).parents[2]
+
+# Lets a test ask each worker for a digest of every KV block; see worker_digests.py.
+DIGESTS = {
+    "extra_args": ["--worker-extension-cls", "tests.e2e.worker_digests.BlockDigests"],
+    "env": {"VLLM_SERVER_DEV_MODE": "1"},
+}
+
+
+@dataclass(frozen=True)
+class Server:
+    """Something that answers HTTP: an engine or a proxy."""
+
+    url: str
+
+    def get(self, path: str) -> Any:
+        with urlopen(self.url + path, timeout=ANSWER_TIMEOUT_S) as response:  # noqa: S310
+            return response.read().decode()
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        """The JSON answer; raises HTTPError."""
+        with self.open(path, body) as response:
+            return json.load(response)
+
+    def open(self, path: str, body: dict[str, Any]) -> Any:
+        request = Request(self.url + path, json.dumps(body).encode(), {"content-type": "application/json"})  # noqa: S310
+        return urlopen(request, timeout=ANSWER_TIMEOUT_S)  # noqa: S310
+
+    def stream(self, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+        """The events of a stream, which must end with [DONE]."""
+        with self.open(path, {**body, "stream": True}) as response:
+            events = [line.removeprefix(b"data: ").strip() for line in response if line.startswith(b"data: ")]
+        assert events.pop() == b"[DONE]"
+        return [json.loads(event) for event in events]
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric over the series that have these labels; 0 when there are none."""
+        total = 0.0
+        for line in self.get("/metrics").splitlines():
+            match = re.fullmatch(r"([\w:]+)(?:{(.*)})? (\S+)", line)
+            if match and match[1] == name:
+                found = dict(re.findall(r'(\w+)="([^"]*)"', match[2] or ""))
+                if labels.items() <= found.items():
+                    total += float(match[3])
+        return total
+
+    def is_ready(self) -> bool:
+        try:
+            self.get("/health")
+        except (HTTPError, URLError, OSError):
+            return False
+        return True
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A running deployment."""
+
+    name: str
+    proxy: Server
+    prefill: tuple[Server, ...]
+    decode: tuple[Server, ...]
+    model: str
+    log_folder: Path
+    env: dict[str, str]
+
+    def cli(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        return omni_cli(self.env, *arguments)
+
+    def prefill_is_idle(self) -> bool:
+        """Every lease has ended and every KV block is free."""
+        return all(
+            p.metric("vllm:omni_kv_leases_open") == 0 and p.metric("vllm:kv_cache_usage_perc") == 0
+            for p in self.prefill
+        )
+
+
+def omni_cli(env: dict[str, str], *arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "omni.cli.main", *arguments]
+    return subprocess.run(
+        command, env=env, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=READY_TIMEOUT_S
+    )
+
+
+@contextmanager
+def deployed(
+    folder: Path,
+    free_ports: Callable[[int], int],
+    *,
+    model: str,
+    prefill_groups: int,
+    decode_groups: int,
+    data_parallel_size: int = 1,
+    max_model_len: int = 2048,
+) -> Iterator[Deployment]:
+    """Start a deployment in float32, in which greedy tokens do not hang on rounding; stop it afterwards."""
+    name = f"test-{folder.name}"
+    ranks = data_parallel_size
+    first_port = free_ports(2 * (prefill_groups + decode_groups) * ranks + 4)
+    ports = iter(range(first_port, first_port + 1000))
+
+    def take(count: int) -> int:
+        """The first of so many ports in a row."""
+        return [next(ports) for _ in range(count)][-count]
+
+    def groups(count: int) -> dict[str, Any]:
+        return {
+            f"group{index}": {
+                "hosts": "127.0.0.1",
+                "base_api_port": take(ranks),
+                "master_port": take(1),
+            }
+            for index in range(1, count + 1)
+        }
+
+    role = {"data_parallel_size": ranks, "kv_cache_gib": 0.5, "max_model_len": max_model_len, **DIGESTS}
+    content = {
+        "name": name,
+        "platform": "cpu",
+        "deployment": {
+            "prefill": groups(prefill_groups),
+            "decode": groups(decode_groups),
+            "proxy": {"host": "127.0.0.1", "listen_port": take(1)},
+        },
+        "services": {
+            "model_path": model,
+            "served_model_name": "test-model",
+            "dtype": "float32",
+            "log_path": str(folder / "logs"),
+            "prefill": role,
+            "decode": role,
+            "kv_transfer": {"checksum": True},
+        },
+    }
+    config = folder / "deployment.yaml"
+    config.write_text(yaml.safe_dump(content))
+    env = {**os.environ, "OMNI_STATE_DIR": str(folder / "state")}
+    started = omni_cli(env, "serve", "--detach", str(config))
+    assert started.returncode == 0, started.stdout + started.stderr
+    plan = json.loads(omni_cli(env, "plan", "--json", str(config)).stdout)
+    servers = {
+        role: tuple(Server(f"http://{p['host']}:{p['port']}") for p in plan["processes"] if p["role"] == role)
+        for role in ("prefill", "decode", "proxy")
+    }
+    try:
+        yield Deployment(
+            name, servers["proxy"][0], servers["prefill"], servers["decode"], "test-model", folder / "logs", env
+        )
+    finally:
+        stopped = omni_cli(env, "stop", name)
+        assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+
+
+@contextmanager
+def plain_vllm(
+    folder: Path, free_ports: Callable[[int], int], *, model_path: Path, max_model_len: int = 2048
+) -> Iterator[Server]:
+    """vLLM's own server, with nothing of ours in it."""
+    port = free_ports(1)
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", str(model_path), "--served-model-name", "test-model", "--host", "127.0.0.1", "--port", str(port)),
+        *("--dtype", "float32", "--max-model-len", str(max_model_len), "--max-num-seqs", "64"),
+        *("--kv-cache-memory-bytes", str(1 << 29), "--enforce-eager", "--shutdown-timeout", "5"),
+    ]
+    env = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "0", "TORCH_COMPILE_DISABLE": "1"}
+    with (folder / "plain.log").open("wb") as log:
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        server = Server(f"http://127.0.0.1:{port}")
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while not server.is_ready():
+            assert process.poll() is None, (folder / "plain.log").read_text()[-3000:]
+            assert time.monotonic() < deadline, "plain vLLM was not ready in time"
+            time.sleep(0.2)
+        yield server
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+@contextmanager
+def proxy_over(
+    folder: Path, free_ports: Callable[[int], int], prefill: tuple[Server, ...], decode: tuple[Server, ...]
+) -> Iterator[Server]:
+    """One more proxy over some engines of a deployment: the same engines in another topology."""
+    port = free_ports(1)
+    command = [sys.executable, "-m", "services.global_proxy", "--host", "127.0.0.1", "--port", str(port)]
+    for option, servers in (("--prefill", prefill), ("--decode", decode)):
+        for server in servers:
+            command += [option, server.url]
+    with (folder / f"proxy-{port}.log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        server = Server(f"http://127.0.0.1:{port}")
+        deadline = time.monotonic() + 60
+        while not server.is_ready():
+            assert process.poll() is None
+            assert time.monotonic() < deadline, "the proxy was not ready in time"
+            time.sleep(0.1)
+        yield server
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def eventually(condition: Callable[[], bool], timeout_s: float) -> bool:
+    """Whether it becomes true in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True

@@ -1,0 +1,125 @@
+"""Rules across the fields of a file."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from omni.deployment.deployment_file import load_deployment
+from omni.deployment.errors import ConfigError
+
+from .samples import FIELD_FILE, content, lines, loaded, put
+
+P1, P2, D1 = "deployment/prefill/group1", "deployment/prefill/group2", "deployment/decode/group1"
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (
+            {f"{P1}/host 10.0.0.9": {"user": "x"}},
+            "deployment.prefill.group1.host 10.0.0.9: 10.0.0.9 is not one of the group's hosts (127.0.0.1); "
+            "add it to hosts or delete the block",
+        ),
+        (
+            {f"{P1}/private_key": "/k", f"{P1}/password": "pw"},
+            "deployment.prefill.group1: has both a private_key and a password; keep one of them",
+        ),
+        (
+            {"deployment/proxy/private_key": "/k", "deployment/proxy/password": "pw"},
+            "deployment.proxy: has both a private_key and a password; keep one of them",
+        ),
+        (
+            {f"{D1}/host 127.0.0.1": {"private_key": "/k", "password": "pw"}},
+            "deployment.decode.group1.host 127.0.0.1: has both a private_key and a password; keep one of them",
+        ),
+        (
+            {f"{P1}/ascend_rt_visible_devices": "0,1", f"{D1}/ascend_rt_visible_devices": "1,2"},
+            "deployment.decode.group1.ascend_rt_visible_devices: 1 on 127.0.0.1 also in "
+            "deployment.prefill.group1.ascend_rt_visible_devices; give each device to one group",
+        ),
+        (
+            {
+                f"{P1}/ascend_rt_visible_devices": "0,1,2",
+                f"{P1}/tensor_parallel_size": 2,
+                f"{P1}/data_parallel_size": 2,
+            },
+            "deployment.prefill.group1.data_parallel_size: 2 DP ranks with 2 devices each need 4, "
+            "ascend_rt_visible_devices lists 3 on 1 host(s); "
+            "lower data_parallel_size or tensor_parallel_size, or list more devices",
+        ),
+        (
+            {f"{P1}/ascend_rt_visible_devices": "0", "services/prefill/data_parallel_size": 2},
+            "services.prefill.data_parallel_size: 2 DP ranks with 1 devices each need 2, "
+            "ascend_rt_visible_devices lists 1 on 1 host(s); "
+            "lower data_parallel_size or tensor_parallel_size, or list more devices",
+        ),
+        (
+            {f"{D1}/base_api_port": 9001, "services/prefill/data_parallel_size": 2},
+            "deployment.decode.group1.base_api_port: port 9001 on 127.0.0.1 overlaps "
+            "deployment.prefill.group1.base_api_port (9000-9001); give each its own ports",
+        ),
+        (
+            {"deployment/proxy/listen_port": 9000},
+            "deployment.proxy.listen_port: port 9000 on 127.0.0.1 overlaps "
+            "deployment.prefill.group1.base_api_port (9000); give each its own ports",
+        ),
+        (
+            {"deployment/proxy/listen_port": 9000, "deployment/proxy/host": "0.0.0.0"},
+            "deployment.proxy.listen_port: port 9000 on 0.0.0.0 overlaps "
+            "deployment.prefill.group1.base_api_port (9000); give each its own ports",
+        ),
+        (
+            {"deployment/proxy/listen_port": 9000, "deployment/proxy/host": "localhost"},
+            "deployment.proxy.listen_port: port 9000 on localhost overlaps "
+            "deployment.prefill.group1.base_api_port (9000); give each its own ports",
+        ),
+        (
+            {f"{D1}/master_port": 8000, f"{P1}/master_port": 8000},
+            "deployment.decode.group1.master_port: port 8000 on 127.0.0.1 overlaps "
+            "deployment.prefill.group1.master_port (8000); give each its own ports",
+        ),
+        (
+            {f"{P1}/host 127.0.0.1": {"base_api_port": 9500}},
+            "deployment.decode.group1.base_api_port: port 9500 on 127.0.0.1 overlaps "
+            "deployment.prefill.group1.host 127.0.0.1.base_api_port (9500); give each its own ports",
+        ),
+        (
+            {f"{P1}/base_api_port": 65535, f"{P1}/master_port": 2000, "services/prefill/data_parallel_size": 2},
+            "deployment.prefill.group1.base_api_port: port 65535-65536 is above 65535; write a lower port",
+        ),
+        (
+            {f"{P1}/base_api_port": 65000},
+            "deployment.prefill.group1.master_port: port 66000 is above 65535; write a lower port",
+        ),
+    ],
+)
+def test_a_broken_rule(tmp_path: Path, changes: dict[str, Any], line: str) -> None:
+    data = content()
+    for path, value in changes.items():
+        put(data, path, value)
+    with pytest.raises(ConfigError) as caught:
+        loaded(tmp_path, data)
+    assert line in lines(caught.value)
+
+
+def test_equal_ports_on_different_hosts_are_fine(tmp_path: Path) -> None:
+    data = put(put(content(), f"{P1}/hosts", "10.0.0.1"), f"{D1}/base_api_port", 9000)
+    loaded(tmp_path, data)
+
+
+def test_devices_do_not_matter_on_a_cpu(tmp_path: Path) -> None:
+    data = put(put(content(), f"{P1}/ascend_rt_visible_devices", 0), f"{D1}/ascend_rt_visible_devices", "0")
+    loaded(tmp_path, put(data, "platform", "cpu"))
+
+
+def test_all_broken_rules_together(tmp_path: Path) -> None:
+    data = put(content(2), f"{P2}/base_api_port", 9000)
+    put(data, "deployment/proxy/listen_port", 9500)
+    with pytest.raises(ConfigError) as caught:
+        loaded(tmp_path, data)
+    assert len(caught.value.problems) == 3  # the two groups' api and master ports, and the proxy's
+
+
+def test_the_field_s_own_form_breaks_no_rule() -> None:
+    load_deployment(FIELD_FILE)

@@ -1,0 +1,132 @@
+"""The real proxy on a real socket, in front of stand-in engines."""
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+import pytest
+
+from services.global_proxy.__main__ import DrainingServer, make_server
+from services.global_proxy.app import Proxy
+from services.global_proxy.settings import Settings
+from tests.standins.engine import StandinEngine
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for something in the server that announces itself to nobody."""
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+@dataclass
+class Deployment:
+    """Stand-in engines, the proxy in front of them, and a client."""
+
+    prefill: list[StandinEngine]
+    decode: list[StandinEngine]
+    proxy: Proxy
+    server: DrainingServer
+    port: int
+    client: aiohttp.ClientSession
+    prompt: dict[str, Any] = field(default_factory=lambda: {"model": "m", "prompt": "Hello", "max_tokens": 9})
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def engines(self) -> list[StandinEngine]:
+        return self.prefill + self.decode
+
+    async def complete(
+        self, path: str = "/v1/completions", headers: dict[str, str] | None = None, **fields: Any
+    ) -> tuple[int, Any, Any]:
+        """Post a completion; returns (status, JSON body, headers)."""
+        async with self.client.post(self.url + path, json=self.prompt | fields, headers=headers) as response:
+            return response.status, json.loads(await response.read()), response.headers
+
+    async def stream(self, path: str = "/v1/completions", **fields: Any) -> tuple[int, str, Any]:
+        """Post a streamed completion; returns (status, all text, headers)."""
+        body = self.prompt | {"stream": True} | fields
+        async with self.client.post(self.url + path, json=body) as response:
+            return response.status, await response.text(), response.headers
+
+    async def metric(self, name: str, **labels: str) -> float:
+        return self.proxy.metrics.registry.get_sample_value(name, labels) or 0.0
+
+    async def idle(self) -> None:
+        """Until the proxy has no request in flight; fails unless every counter is back at its baseline."""
+        await until(lambda: not len(self.proxy.in_flight))
+        for pool in self.proxy.runtime.pools:
+            for instance in pool.instances:
+                active = await self.metric("omni_proxy_active_requests", role=instance.role, instance=instance.name)
+                assert active == 0, instance.name
+
+    async def raw(self, data: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A bare connection to the proxy with `data` sent."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        writer.write(data)
+        await writer.drain()
+        return reader, writer
+
+
+Deploy = Callable[..., Awaitable[Deployment]]
+
+
+@pytest.fixture
+async def deploy() -> AsyncIterator[Deploy]:
+    """deploy(num_prefill, num_decode, extra_prefill_urls=(), extra_decode_urls=(), **settings): closed at the end."""
+    async with AsyncExitStack() as stack:
+
+        async def start(
+            num_prefill: int = 1,
+            num_decode: int = 1,
+            extra_prefill_urls: tuple[str, ...] = (),
+            extra_decode_urls: tuple[str, ...] = (),
+            **settings: Any,
+        ) -> Deployment:
+            prefill = [await stack.enter_async_context(StandinEngine(f"p{i}")) for i in range(num_prefill)]
+            decode = [await stack.enter_async_context(StandinEngine(f"d{i}")) for i in range(num_decode)]
+            proxy = Proxy(
+                Settings(
+                    prefill_urls=(*extra_prefill_urls, *(e.url for e in prefill)),
+                    decode_urls=(*extra_decode_urls, *(e.url for e in decode)),
+                    **settings,
+                )
+            )
+            sock = socket.socket()
+            stack.callback(sock.close)
+            sock.bind(("127.0.0.1", 0))
+            server = make_server(proxy, "127.0.0.1", 0)
+            task = asyncio.create_task(server.serve(sockets=[sock]))
+            stack.push_async_callback(_stop, server, task)
+            await until(lambda: server.started)
+            client = await stack.enter_async_context(aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10)))
+            return Deployment(prefill, decode, proxy, server, sock.getsockname()[1], client)
+
+        yield start
+
+
+async def _stop(server: DrainingServer, task: asyncio.Task[None]) -> None:
+    server.should_exit = True
+    await asyncio.wait_for(task, 10)
+
+
+@pytest.fixture
+async def pd(deploy: Deploy) -> Deployment:
+    """One P and one D."""
+    return await deploy()
+
+
+@pytest.fixture
+def refused_url() -> Any:
+    """An address on which nothing listens."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{sock.getsockname()[1]}"

@@ -1,0 +1,285 @@
+"""What clients may send, what they may not, and the smaller endpoints."""
+
+import asyncio
+import json
+import logging
+import re
+
+import openai
+import pytest
+
+from tests.services.global_proxy.conftest import Deploy, Deployment, until
+
+MALFORMED = {
+    "empty": b"",
+    "not JSON": b"hello",
+    "cut off": b'{"prompt": "a"',
+    "trailing": b'{"prompt": "a"} x',
+    "NaN": b'{"prompt": "a", "temperature": NaN}',
+    "Infinity": b'{"prompt": "a", "temperature": Infinity}',
+    "too large a number": b'{"prompt": "a", "temperature": 1e999}',
+    "5000 digits": b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}",
+    "bad UTF-8": b'{"prompt": "\xff\xfe"}',
+    "bad UTF-8 key": b'{"\xff": 1}',
+    "lone surrogate": b'{"prompt": "\\ud800"}',
+    "raw NUL": b'{"prompt": "a\x00"}',
+    "byte order mark": b'\xef\xbb\xbf{"prompt": "a"}',
+    "deep lists": b"[" * 100_000,
+    "deep objects": b'{"a":' * 50_000,
+    "deep but closed": b'{"a":' * 5000 + b"1" + b"}" * 5000,
+    "a list": b"[1]",
+    "a string": b'"prompt"',
+    "null": b"null",
+    "no fields": b"{}",
+    "n of 0": b'{"prompt": "a", "n": 0}',
+    "n too large": b'{"prompt": "a", "n": 129}',
+    "n of true": b'{"prompt": "a", "n": true}',
+    "n of a string": b'{"prompt": "a", "n": "2"}',
+    "n of 1.5": b'{"prompt": "a", "n": 1.5}',
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_malformed_body(pd: Deployment, name: str, path: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    async with pd.client.post(pd.url + path, data=MALFORMED[name], headers=headers) as response:
+        assert response.status == 400
+        error = (await response.json())["error"]
+    assert (error["code"], error["type"]) == (400, "BadRequestError")
+    assert error["param"] == ("n" if name.startswith(("n of", "n too")) else None)
+    assert all(engine.received == [] for engine in pd.engines)
+
+
+async def test_nesting_near_the_limit_never_fails_inside(pd: Deployment) -> None:
+    """Whatever can be read can be written, or is refused before anything is sent."""
+    for depth in range(850, 1010, 2):
+        body = b'{"prompt":"a","x":' + b"[" * depth + b"]" * depth + b"}"
+        headers = {"Content-Type": "application/json"}
+        async with pd.client.post(pd.url + "/v1/completions", data=body, headers=headers) as response:
+            assert response.status in (200, 400)
+            if response.status == 400:
+                num_sent = [len(engine.received) for engine in pd.engines]
+                assert num_sent[0] == num_sent[1]
+
+
+async def test_escaped_nul_and_unknown_fields_are_the_engines_business(pd: Deployment) -> None:
+    await pd.complete(prompt="a\x00b", mystery={"a": [1, None]})
+    assert pd.decode[0].received[0].body["prompt"] == "a\x00b"
+    assert pd.decode[0].received[0].body["mystery"] == {"a": [1, None]}
+
+
+@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "application/json-x"])
+async def test_other_content_types(pd: Deployment, content_type: str) -> None:
+    status, body, _ = await pd.complete(headers={"Content-Type": content_type})
+    assert status == 400
+    assert "application/json" in body["error"]["message"]
+
+
+async def test_content_type_with_parameters(pd: Deployment) -> None:
+    status, _, _ = await pd.complete(headers={"Content-Type": "Application/JSON ; charset=utf-8"})
+    assert status == 200
+
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+
+
+async def test_announced_body_too_large(deploy: Deploy) -> None:
+    pd = await deploy(max_body_bytes=1000)
+    reader, writer = await pd.raw(HEAD + b"Content-Length: 1001\r\n\r\n")
+    assert (await reader.readline()).startswith(b"HTTP/1.1 413 ")
+    writer.close()
+
+
+async def test_unannounced_body_too_large(deploy: Deploy) -> None:
+    pd = await deploy(max_body_bytes=1000)
+    reader, writer = await pd.raw(HEAD + b"Transfer-Encoding: chunked\r\n\r\n3e9\r\n" + b"x" * 1001 + b"\r\n")
+    assert (await reader.readline()).startswith(b"HTTP/1.1 413 ")
+    writer.close()
+
+
+async def test_body_of_exactly_the_limit(deploy: Deploy) -> None:
+    pd = await deploy(max_body_bytes=1000)
+    body = json.dumps(pd.prompt).encode().ljust(1000)
+    async with pd.client.post(
+        pd.url + "/v1/completions", data=body, headers={"Content-Type": "application/json"}
+    ) as response:
+        assert response.status == 200
+
+
+async def test_body_that_does_not_arrive(deploy: Deploy) -> None:
+    pd = await deploy(body_timeout_s=0.2)
+    reader, writer = await pd.raw(HEAD + b"Content-Length: 100\r\n\r\n{")
+    assert (await reader.readline()).startswith(b"HTTP/1.1 408 ")
+    writer.close()
+
+
+async def test_client_leaves_while_sending_its_body(pd: Deployment) -> None:
+    _, writer = await pd.raw(HEAD + b"Content-Length: 100\r\n\r\n{")
+    await until(lambda: len(pd.proxy.in_flight) == 1)
+    writer.close()
+    await pd.idle()
+    assert await pd.metric("omni_proxy_requests_total", endpoint="/v1/completions", code="499") == 1
+    assert pd.prefill[0].received == []
+
+
+async def test_both_lengths_are_refused(pd: Deployment) -> None:
+    reader, writer = await pd.raw(HEAD + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n")
+    answer = await reader.read()
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert pd.prefill[0].received == []
+    writer.close()
+
+
+async def test_pipelined_requests_are_answered_in_order(pd: Deployment) -> None:
+    one = HEAD + b"Content-Length: 14\r\n\r\n" + b'{"prompt":"a"}'
+    last = b"GET /live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    reader, writer = await pd.raw(one + one + last)
+    answer = await asyncio.wait_for(reader.read(), 5)
+    assert answer.count(b"HTTP/1.1 200 OK") == 3
+    assert answer.endswith(b'{"status":"ok"}')
+    writer.close()
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/completions/", "/v1", "/docs", "/openapi.json", "/"])
+async def test_unknown_path(pd: Deployment, path: str) -> None:
+    async with pd.client.post(pd.url + path, json={}) as response:
+        assert response.status == 404
+        assert (await response.json())["error"]["type"] == "NotFoundError"
+
+
+async def test_wrong_method(pd: Deployment) -> None:
+    async with pd.client.get(pd.url + "/v1/completions") as response:
+        assert response.status == 405
+        assert response.headers["Allow"] == "POST"
+        assert (await response.json())["error"]["code"] == 405
+
+
+async def test_models_come_from_decode_first(pd: Deployment) -> None:
+    async with pd.client.get(pd.url + "/v1/models") as response:
+        assert (await response.json())["data"][0]["id"] == "d0"
+    async with pd.client.get(pd.url + "/version") as response:
+        assert await response.json() == {"version": "0.32.0"}
+    async with pd.client.get(pd.url + "/v1/models", headers={"Authorization": "Bearer wrong"}) as response:
+        assert response.status == 401
+
+
+async def test_models_from_whoever_is_there(deploy: Deploy, refused_url: str) -> None:
+    pd = await deploy(1, 0, extra_decode_urls=(refused_url,))
+    async with pd.client.get(pd.url + "/v1/models") as response:
+        assert (await response.json())["data"][0]["id"] == "p0"
+
+
+async def test_models_when_nobody_is_there(deploy: Deploy, refused_url: str) -> None:
+    pd = await deploy(0, 0, (refused_url,), (refused_url,))
+    async with pd.client.get(pd.url + "/v1/models") as response:
+        assert response.status == 503
+        assert (await response.json())["error"]["type"] == "ServiceUnavailableError"
+
+
+async def test_health(deploy: Deploy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.global_proxy.health._REMEMBER_S", 0.0)
+    pd = await deploy(2, 1)
+
+    async def health() -> tuple[int, object]:
+        async with pd.client.get(pd.url + "/health") as response:
+            return response.status, await response.json()
+
+    assert await health() == (200, {"status": "ok"})
+    pd.prefill[0].healthy = False
+    assert (await health())[0] == 200
+    pd.decode[0].healthy = False
+    assert await health() == (503, {"status": "unavailable", "missing": ["decode"]})
+    pd.prefill[1].healthy = False
+    assert await health() == (503, {"status": "unavailable", "missing": ["prefill", "decode"]})
+    async with pd.client.get(pd.url + "/live") as response:
+        assert response.status == 200
+
+
+async def test_health_is_remembered_for_a_moment(pd: Deployment) -> None:
+    async with pd.client.get(pd.url + "/health") as response:
+        assert response.status == 200
+    pd.decode[0].healthy = False
+    async with pd.client.get(pd.url + "/health") as response:
+        assert response.status == 200
+
+
+async def test_metrics(pd: Deployment) -> None:
+    (decode,) = pd.decode
+    decode.gate.clear()
+    request = asyncio.create_task(pd.stream())
+    await decode.wait_for(1)
+    async with pd.client.get(pd.url + "/metrics") as response:
+        text = await response.text()
+        assert response.headers["Content-Type"].startswith("text/plain")
+    active = f'omni_proxy_active_requests{{instance="{decode.url[7:]}",role="decode"}} 1.0'
+    assert active in text
+    decode.gate.set()
+    await request
+    await pd.complete(n=0)
+    await pd.idle()
+    assert await pd.metric("omni_proxy_requests_total", endpoint="/v1/completions", code="200") == 1
+    assert await pd.metric("omni_proxy_requests_total", endpoint="/v1/completions", code="400") == 1
+    assert await pd.metric("omni_proxy_request_seconds_count") == 2
+    assert await pd.metric("omni_proxy_ttft_seconds_count") == 1
+    assert await pd.metric("omni_proxy_prefill_seconds_count") == 1
+
+
+async def test_one_log_line_per_request(pd: Deployment, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="services.global_proxy.completions")
+    await pd.complete(headers={"X-Request-Id": 'a"b'})
+    await pd.complete(prompt=["a", "b"])
+    lines = [json.loads(r.message) for r in caplog.records if r.name == "services.global_proxy.completions"]
+    first, second = lines
+    assert re.fullmatch("[0-9a-f]{32}", first.pop("id"))
+    assert 0 < first.pop("ttft_s") <= first.pop("seconds") < 10
+    assert first == {
+        "client_id": 'a"b',
+        "path": "/v1/completions",
+        "status": 200,
+        "prefill": pd.prefill[0].url[7:],
+        "decode": pd.decode[0].url[7:],
+        "decode_only": None,
+    }
+    assert (second["prefill"], second["decode_only"]) == (None, "batch")
+
+
+async def test_a_mistake_of_ours(
+    pd: Deployment, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("a secret")
+
+    monkeypatch.setattr("services.global_proxy.completions.parse_body", fail)
+    status, body, _ = await pd.complete()
+    assert status == 500
+    assert body == {"error": {"message": "Internal error", "type": "InternalServerError", "param": None, "code": 500}}
+    assert "a secret" in caplog.text
+    assert await pd.metric("omni_proxy_requests_total", endpoint="/v1/completions", code="500") == 1
+    await pd.idle()
+
+
+async def test_openai_client(pd: Deployment) -> None:
+    async with openai.AsyncOpenAI(base_url=pd.url + "/v1", api_key="key", max_retries=0) as client:
+        assert [m.id async for m in client.models.list()] == ["d0"]
+        completion = await client.completions.create(model="m", prompt="Hi", n=2)
+        assert [c.text for c in completion.choices] == ["d0!", "d0!"]
+        chat = await client.chat.completions.create(model="m", messages=[{"role": "user", "content": "Hi"}])
+        assert chat.choices[0].message.content == "d0!"
+        stream = await client.chat.completions.create(
+            model="m", messages=[{"role": "user", "content": "Hi"}], stream=True
+        )
+        assert [c.choices[0].delta.content async for c in stream] == ["t0 ", "t1 ", "t2 "]
+        with pytest.raises(openai.BadRequestError, match="n must be a whole number"):
+            await client.completions.create(model="m", prompt="Hi", n=1000)
+        with pytest.raises(openai.NotFoundError):
+            await client.embeddings.create(model="m", input="Hi")
+
+
+async def test_openai_client_sees_a_broken_stream(pd: Deployment) -> None:
+    pd.decode[0].die_after = 2
+    async with openai.AsyncOpenAI(base_url=pd.url + "/v1", api_key="key", max_retries=0) as client:
+        stream = await client.completions.create(model="m", prompt="Hi", stream=True)
+        assert [(await anext(stream)).choices[0].text for _ in range(2)] == ["t0 ", "t1 "]
+        with pytest.raises(openai.APIError, match="broke off"):
+            await anext(stream)

@@ -1,0 +1,117 @@
+"""Starting and stopping: `python -m services.global_proxy`."""
+
+import asyncio
+import signal
+import socket
+import sys
+
+import aiohttp
+import pytest
+
+from services.global_proxy.__main__ import parse_arguments
+from tests.services.global_proxy.conftest import Deploy
+from tests.standins.engine import StandinEngine
+
+
+def test_arguments() -> None:
+    host, port, settings = parse_arguments(
+        ["--port", "9", "--prefill", "http://a:1", "--prefill", "http://b:1/", "--decode", "http://c:1"]
+    )
+    assert (host, port) == ("127.0.0.1", 9)
+    assert settings.prefill_urls == ("http://a:1", "http://b:1")
+    assert settings.decode_urls == ("http://c:1",)
+    assert settings.request_timeout_s == 600
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prefill", "a:1", "--decode", "http://c:1"], "--prefill 'a:1': must be http://HOST:PORT"),
+        (["--prefill", "http://a:1/v1", "--decode", "http://c:1"], "without a path"),
+        (["--prefill", "http://a:1", "--decode", "http://c:99999"], "--decode 'http://c:99999'"),
+        (["--prefill", "http://a:1", "--prefill", "http://a:1", "--decode", "http://c:1"], "given twice"),
+        (["--prefill", "http://a:1", "--decode", "http://c:1", "--request-timeout-s", "0"], "request_timeout_s"),
+        (["--prefill", "http://a:1"], "--decode"),
+    ],
+)
+def test_wrong_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse_arguments(arguments)
+    assert message in capsys.readouterr().err
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+async def test_sigterm_drains_then_stops() -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    async with (
+        StandinEngine() as prefill,
+        StandinEngine() as engine,
+        aiohttp.ClientSession() as client,
+        asyncio.timeout(30),
+    ):
+        engine.gate.clear()
+        engine.gate_after = 1
+        arguments = ["--port", str(port), "--prefill", prefill.url, "--decode", engine.url]
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "services.global_proxy", *arguments, stderr=asyncio.subprocess.PIPE
+        )
+        try:
+            await _until_listening(client, url)
+            body = {"prompt": "a", "stream": True}
+            async with client.post(url + "/v1/completions", json=body) as response:
+                await response.content.readany()
+                process.send_signal(signal.SIGTERM)
+                await _until_status(client, url + "/health", 503)
+                await _until_status(client, url + "/live", 200)
+                async with client.post(url + "/v1/completions", json=body) as refused:
+                    assert refused.status == 503
+                    assert refused.headers["Retry-After"] == "1"
+                    assert (await refused.json())["error"]["type"] == "ServiceUnavailableError"
+                engine.gate.set()
+                assert (await response.content.read()).endswith(b"data: [DONE]\n\n")
+            _, stderr = await process.communicate()
+            assert process.returncode == 0, stderr.decode()
+            assert b"Traceback" not in stderr
+            assert b'"status":200' in stderr
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.communicate()
+
+
+async def _until_listening(client: aiohttp.ClientSession, url: str) -> None:
+    while True:
+        try:
+            async with client.get(url + "/live"):
+                return
+        except aiohttp.ClientConnectorError:
+            await asyncio.sleep(0.05)
+
+
+async def _until_status(client: aiohttp.ClientSession, url: str, status: int) -> None:
+    while True:
+        async with client.get(url) as response:
+            if response.status == status:
+                return
+        await asyncio.sleep(0.02)
+
+
+async def test_drain_ends_what_does_not_end_by_itself(deploy: Deploy) -> None:
+    pd = await deploy(drain_timeout_s=0.2)
+    (engine,) = pd.decode
+    engine.gate.clear()
+    engine.gate_after = 1
+    streaming = asyncio.create_task(pd.stream())
+    await engine.wait_for(1)
+    pd.server.should_exit = True
+    status, text, _ = await streaming
+    assert status == 200
+    assert "The proxy stopped before the answer was complete" in text
+    assert "[DONE]" not in text
+    await engine.wait_for(num_aborted=1)
