@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_RELEASE_TIMEOUT_S = 2.0
+_RELEASE_TIMEOUT_S = 2.0  # from when it is asked for: one dead P does not keep the releases of others waiting
 
 
 @dataclass
@@ -64,7 +64,7 @@ class SchedulerSide:
         self._handed_off: dict[str, HandOff] = {}  # by request id: arrived, not yet given blocks
         self._loads: list[Load] = []
         self._releases = ThreadPoolExecutor(1, thread_name_prefix="kv-release")
-        self._zmq: zmq.Context[zmq.Socket[bytes]] | None = None
+        self._zmq: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._stats = TransferStats()
 
     def bind_block_pool(self, block_pool: "BlockPool") -> None:
@@ -103,7 +103,12 @@ class SchedulerSide:
         assert self._block_pool is not None
         assert self._control is not None
         kept = tuple(block_ids[: self._num_blocks(request.num_prompt_tokens)])
-        self._block_pool.touch([self._block_pool.blocks[block_id] for block_id in kept])
+        blocks = [self._block_pool.blocks[block_id] for block_id in kept]
+        if request.prompt_embeds is not None or any(block.is_null for block in blocks):
+            # A prompt that its tokens do not identify; or one whose first blocks P has given up, as they lie outside
+            # the attention window: D, one token behind, may need the last of them.
+            return None
+        self._block_pool.touch(blocks)
         lease = self._leases.grant(kept, num_readers)
         return HandOff(
             do_remote_prefill=True,
@@ -145,11 +150,16 @@ class SchedulerSide:
 
     def on_new_request(self, request: "Request") -> None:
         params = request.kv_transfer_params
+        if params is not None and not isinstance(params, dict):
+            # A client can put anything there (`vllm_xargs`), and vLLM's scheduler dies of what is not a dict.
+            request.kv_transfer_params = None
+            return
         if not self._settings.is_consumer or not params or not params.get("do_remote_prefill"):
             return
         try:
             hand_off = parse_hand_off(params)
-            self._check_fits(hand_off, request)
+            if not request.abort_immediately:  # a rejected request comes without its prompt, to be released
+                self._check_fits(hand_off, request)
         except HandOffError as error:
             logger.warning("request %s computes its prompt itself: %s", request.request_id, error)
             self._stats.record_failure(error.reason)
@@ -157,6 +167,8 @@ class SchedulerSide:
         self._handed_off[request.request_id] = hand_off
 
     def _check_fits(self, hand_off: HandOff, request: "Request") -> None:
+        if request.prompt_embeds is not None:
+            raise HandOffError("the prompt has embeddings, which its tokens do not identify")
         if hand_off.omni.prompt_digest != _digest_of_prompt(request):
             raise HandOffError("kv_transfer_params: omni.prompt_digest is that of another prompt")
         if len(hand_off.remote_block_ids[0]) < self._num_blocks(request.num_prompt_tokens - 1):
@@ -199,14 +211,12 @@ class SchedulerSide:
 
     def _release(self, hand_off: HandOff, reader: str) -> None:
         """Tell P, in the background, that nobody will read. Should that fail, the lease ends by itself."""
-        self._releases.submit(self._release_now, hand_off, reader)
+        self._releases.submit(self._release_now, hand_off, reader, time.monotonic() + _RELEASE_TIMEOUT_S)
 
-    def _release_now(self, hand_off: HandOff, reader: str) -> None:
-        if self._zmq is None:
-            self._zmq = zmq.Context()
+    def _release_now(self, hand_off: HandOff, reader: str, deadline: float) -> None:
         try:
             with ControlClient(self._zmq, hand_off.remote_host, hand_off.remote_port) as control:
-                control.end_read(hand_off.omni.lease_id, reader, None, time.monotonic() + _RELEASE_TIMEOUT_S)
+                control.end_read(hand_off.omni.lease_id, reader, None, deadline)
         except KVTransferError as error:
             logger.warning("could not release the KV blocks of %s: %s", hand_off.remote_request_id, error)
 
@@ -221,6 +231,7 @@ class SchedulerSide:
 
     def close(self) -> None:
         self._releases.shutdown(wait=False, cancel_futures=True)
+        self._zmq.term()  # ends the wait of a release under way
         if self._control is not None:
             self._control.close()
 
@@ -229,9 +240,9 @@ class SchedulerSide:
 
 
 def _digest_of_prompt(request: "Request") -> str:
-    images = ",".join(feature.identifier for feature in request.mm_features or ())
+    images = [feature.identifier for feature in request.mm_features or ()]
     adapter = request.lora_request.lora_name if request.lora_request is not None else None
-    return prompt_digest(request.prompt_token_ids or (), adapter, request.cache_salt, images)
+    return prompt_digest(request.prompt_token_ids or (), adapter, request.cache_salt, *images)
 
 
 def _nothing() -> None:

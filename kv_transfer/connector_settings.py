@@ -1,5 +1,7 @@
 """What the engine's `--kv-transfer-config` says about us."""
 
+import math
+import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,17 +25,34 @@ class ConnectorSettings:
     checksum: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("lease_s", "load_timeout_s", "num_load_threads"):
+        for name in ("lease_s", "load_timeout_s"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ValueError(f"kv_connector_extra_config.{name} is {value!r}; it must be a number above 0")
+        if type(self.num_load_threads) is not int or self.num_load_threads < 1:
+            raise ValueError(
+                f"kv_connector_extra_config.num_load_threads is {self.num_load_threads!r}; "
+                "it must be a whole number above 0"
+            )
         if not isinstance(self.checksum, bool):
             raise ValueError(f"kv_connector_extra_config.checksum is {self.checksum!r}; it must be true or false")
-        if self.listen_host in ("", "0.0.0.0", "::"):
+        if not isinstance(self.listen_host, str) or self.listen_host in ("", "0.0.0.0", "::"):
             raise ValueError(
                 f"kv_connector_extra_config.listen_host is {self.listen_host!r}; peers connect to it, so it must be an "
                 "address of this host"
             )
+        if self.is_producer:
+            self._check_listen_host()
+
+    def _check_listen_host(self) -> None:
+        try:
+            family = socket.getaddrinfo(self.listen_host, None, type=socket.SOCK_STREAM)[0][0]
+            socket.create_server((self.listen_host, 0), family=family).close()
+        except (OSError, UnicodeError) as error:
+            raise ValueError(
+                f"kv_connector_extra_config.listen_host is {self.listen_host!r}, where this host cannot listen "
+                f"({error}); give one of its own addresses"
+            ) from None
 
     @classmethod
     def of(cls, vllm_config: "VllmConfig") -> "ConnectorSettings":

@@ -60,16 +60,19 @@ class WorkerSide:
         self._rank: int = vllm_config.parallel_config.rank % settings.tp_size
         self._fingerprint: Fingerprint | None = None
         self._endpoint: RankEndpoint | None = None
+        self._kv_caches: Mapping[str, torch.Tensor] = {}  # kept, as the transport has only their addresses
         self._transport: Transport | None = None
-        self._loader: ThreadPoolExecutor | None = None
-        self._zmq: zmq.Context[zmq.Socket[bytes]] | None = None
+        self._zmq: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._lock = threading.Lock()
+        # One for each P, so that a P that does not answer delays no load from another.
+        self._loaders: dict[tuple[str, int], ThreadPoolExecutor] = {}
         self._welcomes: dict[tuple[str, int], Welcome] = {}
         self._ended: set[str] = set()
         self._failed: set[str] = set()
         self._stats = TransferStats()
 
     def register_kv_caches(self, kv_caches: "Mapping[str, torch.Tensor]") -> None:
+        self._kv_caches = kv_caches
         memory = BlockMemory(regions_of(kv_caches, self._num_blocks))
         self._fingerprint = _fingerprint(
             self._vllm_config, self._settings, layout_digest(kv_caches, self._num_blocks, _instruction_set())
@@ -89,14 +92,14 @@ class WorkerSide:
 
     def start_loads(self, loads: Sequence[Load]) -> None:
         """Begin to read in the background; the results come with `take_ended`."""
-        if not loads:
-            return
-        if self._loader is None:
-            self._zmq = zmq.Context()
-            self._loader = ThreadPoolExecutor(self._settings.num_load_threads, thread_name_prefix="kv-load")
         deadline = time.monotonic() + self._settings.load_timeout_s
         for load in loads:
-            self._loader.submit(self._load, load, deadline)
+            with self._lock:
+                loader = self._loaders.get((load.host, load.port))
+                if loader is None:
+                    loader = ThreadPoolExecutor(self._settings.num_load_threads, thread_name_prefix="kv-load")
+                    self._loaders[load.host, load.port] = loader
+                loader.submit(self._load, load, deadline)
 
     def take_ended(self) -> tuple[set[str], set[str]]:
         """Request ids of the loads that ended since the last call, and those among them that failed."""
@@ -113,10 +116,13 @@ class WorkerSide:
         return stats
 
     def close(self) -> None:
-        if self._loader is not None:
-            self._loader.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            loaders = list(self._loaders.values())
+        for loader in loaders:
+            loader.shutdown(wait=False, cancel_futures=True)
         if self._transport is not None:
             self._transport.close()
+        self._zmq.term()  # ends the waits of loads under way
 
     def _load(self, load: Load, deadline: float) -> None:
         start = time.monotonic()
@@ -131,6 +137,9 @@ class WorkerSide:
             )
             with self._lock:
                 self._welcomes.pop((load.host, load.port), None)
+                loader = self._loaders.pop((load.host, load.port), None)
+                if loader is not None:  # should this P never come back, its threads end with the loads they have
+                    loader.shutdown(wait=False)
                 self._stats.record_failure(reason)
                 self._failed.add(load.request_id)
                 self._ended.add(load.request_id)
@@ -141,9 +150,8 @@ class WorkerSide:
 
     def _read(self, load: Load, deadline: float) -> int:
         assert self._transport is not None
-        assert self._zmq is not None
         if time.monotonic() >= deadline:
-            raise DeadlineError("all load threads were busy until the deadline")
+            raise DeadlineError("the load threads for this peer were busy until the deadline")
         with ControlClient(self._zmq, load.host, load.port) as control:
             endpoint = self._endpoint_of(load, control, deadline)
             num_bytes = self._transport.read(endpoint, load.remote_block_ids, load.local_block_ids, deadline)

@@ -143,7 +143,7 @@ class ControlClient:
 
     def close(self) -> None:
         if self._socket is not None:
-            self._socket.close(linger=0)
+            self._socket.close()
             self._socket = None
 
     def _ask(self, request: protocol.Request, deadline: float) -> protocol.Reply:
@@ -162,6 +162,7 @@ class ControlClient:
         try:
             if self._socket is None:
                 self._socket = self._context.socket(zmq.DEALER)
+                self._socket.linger = 0  # from the start: once the context ends, it can no longer be set
                 self._socket.ipv6 = ":" in self._host
                 self._socket.setsockopt(zmq.MAXMSGSIZE, protocol.MAX_FRAME_BYTES)
                 self._socket.connect(self._address)

@@ -135,7 +135,7 @@ def _flag(part: str) -> str:
     """`--Max_Len=3` → `--max-len`: vLLM takes underscores for dashes and `--flag.key` for a key of a JSON flag."""
     flag = part.partition("=")[0].partition(".")[0]
     if flag.startswith("--"):
-        return flag.replace("_", "-") if len(flag) > 2 else ""
+        return flag.replace("_", "-")
     return next((long for short, long in _SHORT.items() if flag.startswith(short)), "")
 
 

@@ -50,6 +50,8 @@ def _problem(detail: ErrorDetails) -> Problem:
         return Problem(
             field, f"{_shown(value)} is not known", f"write {detail['ctx']['expected'].replace(chr(39), '')}"
         )
+    if kind in ("bool_type", "bool_parsing"):
+        return Problem(field, f"{_shown(value)} is not true or false", "write true or false")
     if kind == "string_type":
         # Only passwords and http_proxy get here; neither is shown.
         return Problem(field, "is not text", "put it in quotes")

@@ -42,9 +42,11 @@ class Completions:
         arrival = _Arrival(scope["path"], dict(scope["headers"]), uuid.uuid4().hex, time.monotonic())
         reply = Reply(send, [(b"x-request-id", arrival.client_id or arrival.request_id.encode())])
         trace = Trace()
+        bounds = RequestScope(self._settings.request_timeout_s)
         status = 500  # unless something below knows better
         try:
-            await self._serve(arrival, receive, reply, trace)
+            self._in_flight.add(bounds)
+            await self._serve(arrival, bounds, receive, reply, trace)
             status = reply.status or status
         except ProxyError as error:
             status = error.status
@@ -52,23 +54,21 @@ class Completions:
         except ClientGoneError:
             status = CLIENT_GONE_STATUS
         finally:
+            self._in_flight.remove(bounds)
             self._record(arrival, status, trace)
 
-    async def _serve(self, arrival: "_Arrival", receive: Receive, reply: Reply, trace: Trace) -> None:
+    async def _serve(
+        self, arrival: "_Arrival", bounds: RequestScope, receive: Receive, reply: Reply, trace: Trace
+    ) -> None:
         settings = self._settings
         content_length = arrival.headers.get(b"content-length")
-        scope = RequestScope(settings.request_timeout_s)
-        self._in_flight.add(scope)
-        try:
-            async with scope:
-                _require_json(arrival.headers.get(b"content-type", b""))
-                raw = await read_body(receive, content_length, settings.max_body_bytes, settings.body_timeout_s)
-                scope.watch_client(receive, lambda: reply.complete)
-                body = parse_body(raw, settings.max_n)
-                call = Call(arrival.path, body, arrival.engine_headers(), arrival.started_s)
-                await self._handoff.serve(call, reply, trace)
-        finally:
-            self._in_flight.remove(scope)
+        async with bounds:
+            _require_json(arrival.headers.get(b"content-type", b""))
+            raw = await read_body(receive, content_length, settings.max_body_bytes, settings.body_timeout_s)
+            bounds.watch_client(receive, lambda: reply.complete)
+            body = parse_body(raw, settings.max_n)
+            call = Call(arrival.path, body, arrival.engine_headers(), arrival.started_s)
+            await self._handoff.serve(call, reply, trace)
 
     def _record(self, arrival: "_Arrival", status: int, trace: Trace) -> None:
         seconds = time.monotonic() - arrival.started_s

@@ -23,10 +23,11 @@ class RequestScope:
         self._timeout = asyncio.timeout(timeout_s)
         self._why: RequestEndedError = DeadlineError(f"The request took longer than {timeout_s:g} s")
         self._watcher: asyncio.Task[None] | None = None
+        self._open = False
 
     def end(self, why: RequestEndedError) -> None:
-        """Cancel the block, which then raises `why`. The first reason wins."""
-        if not self._timeout.expired():
+        """Cancel the block, which then raises `why`. The first reason wins; outside the block nothing happens."""
+        if self._open and not self._timeout.expired():
             self._why = why
             self._timeout.reschedule(asyncio.get_running_loop().time())
 
@@ -45,11 +46,13 @@ class RequestScope:
 
     async def __aenter__(self) -> Self:
         await self._timeout.__aenter__()
+        self._open = True
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._open = False
         if self._watcher is not None:
             self._watcher.cancel()
         try:

@@ -155,13 +155,13 @@ def deployed(
     config = folder / "deployment.yaml"
     config.write_text(yaml.safe_dump(content))
     env = {**os.environ, "OMNI_STATE_DIR": str(folder / "state")}
-    started = omni_cli(env, "serve", "--detach", str(config))
-    assert started.returncode == 0, started.stdout + started.stderr
     plan = json.loads(omni_cli(env, "plan", "--json", str(config)).stdout)
     servers = {
-        role: tuple(Server(f"http://{p['host']}:{p['port']}") for p in plan["processes"] if p["role"] == role)
+        role: tuple(Server(process["url"]) for process in plan["processes"] if process["role"] == role)
         for role in ("prefill", "decode", "proxy")
     }
+    started = omni_cli(env, "serve", "--detach", str(config))
+    assert started.returncode == 0, started.stdout + started.stderr
     try:
         yield Deployment(
             name, servers["proxy"][0], servers["prefill"], servers["decode"], "test-model", folder / "logs", env

@@ -395,8 +395,8 @@ def test_a_wake_up_after_closing_touches_no_other_file() -> None:
     prefill = Prefill()
     assert prefill.server is not None
     wake_fd = prefill.server._wake_fd
-    prefill.close()
     reader, writer = os.pipe()
+    prefill.close()
     os.dup2(writer, wake_fd)  # the number is somebody else's now
     os.set_blocking(reader, False)
     prefill.leases.grant([1], num_readers=1)

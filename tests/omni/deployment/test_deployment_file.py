@@ -94,6 +94,8 @@ BLOCK = 'is not a block of NAME: text lines; write lines such as OMP_PROC_BIND: 
         (f"{D1}/env", {"A B": "x"}, BLOCK),
         (f"{D1}/env", {"A": None}, BLOCK),
         ("name", "a/b", "'a/b' is not a deployment name; write `name:` with at most 64 letters"),
+        ("services/kv_transfer/checksum", "maybe", "'maybe' is not true or false; write true or false"),
+        ("services/kv_transfer/checksum", None, "an empty value is not true or false; write true or false"),
         ("platform", "tpu", "'tpu' is not known; write cpu, npu or cuda"),
         ("services/dtype", "fp8", "'fp8' is not known; write auto, bfloat16, float16 or float32"),
         ("backend", "ansible", "'ansible' is not in this version; write local"),
@@ -185,5 +187,5 @@ def test_unreadable_files(tmp_path: Path) -> None:
 def test_a_file_name_that_cannot_be_a_deployment_name(tmp_path: Path) -> None:
     file = tmp_path / "my file.yaml"
     file.write_text("deployment: {}\n")
-    with pytest.raises(ConfigError, match="^name: 'my file' is not a deployment name; write `name:`"):
+    with pytest.raises(ConfigError, match=r"^name: 'my file' is not a deployment name; write `name:`"):
         load_deployment(file)

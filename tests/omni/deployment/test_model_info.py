@@ -39,6 +39,11 @@ def test_names_that_models_use(tmp_path: Path) -> None:
     assert (info.is_moe, info.mla_width) == (True, 576)
 
 
+def test_zero_means_not_given(tmp_path: Path) -> None:
+    info = read_model_info(model_folder(tmp_path, head_dim=0, num_experts=0, num_local_experts=4))
+    assert (info.head_dim, info.is_moe) == (8, True)
+
+
 def test_a_nested_text_config(tmp_path: Path) -> None:
     info = read_model_info(model_folder(tmp_path, text_config={"num_hidden_layers": 7, "num_experts": [4, 4]}))
     assert (info.num_layers, info.is_moe) == (7, True)
@@ -62,10 +67,10 @@ def test_the_longest_sequence(tmp_path: Path, rope: object, length: int) -> None
 def test_which_weight_files_count(tmp_path: Path) -> None:
     folder = model_folder(tmp_path)
     (folder / "pytorch_model.bin").write_bytes(b"\0" * 7)
-    (folder / "consolidated.safetensors").write_bytes(b"\0" * 1000)
+    (folder / "consolidated.safetensors").write_bytes(b"\0" * 999)
     assert read_model_info(folder).weight_bytes == 1000
     (folder / "model.safetensors").unlink()
-    assert read_model_info(folder).weight_bytes == 1000
+    assert read_model_info(folder).weight_bytes == 999
     (folder / "consolidated.safetensors").unlink()
     assert read_model_info(folder).weight_bytes == 7
 

@@ -1,0 +1,57 @@
+"""Plans for people and for programs."""
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from omni.deployment.render import HIDDEN, plan_as_dict, plan_table, shown_command
+
+from .samples import content, planned, put
+
+
+def test_the_table(tmp_path: Path) -> None:
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(plan_table(planned(tmp_path, content())))
+    text = capture.get()
+    for part in ("trial: smollm2 in bfloat16", "decode.group1.rank0", "http://127.0.0.1:9500", "logs/trial", "any", "total"):
+        assert part in text
+    assert "4.71" in text, "the sum of the processes' memory"
+
+
+def test_the_dictionary(tmp_path: Path) -> None:
+    plan = planned(tmp_path, content(2))
+    shown = json.loads(json.dumps(plan_as_dict(plan)))
+    assert shown["name"] == "trial"
+    assert [process["url"] for process in shown["processes"]][-1] == "http://127.0.0.1:7000"
+    first = shown["processes"][0]
+    assert first["command"] == list(plan.processes[0].command)
+    assert first["env"] == plan.processes[0].env
+    assert (first["cpu_cores"], first["kv_bytes"]) == ([0], plan.processes[0].kv_bytes)
+
+
+def test_secrets_show_nowhere(tmp_path: Path) -> None:
+    data = put(content(), "services/prefill/env", {"HF_TOKEN": "hunter2", "MY_PASSWORD": "hunter2", "TOKENIZERS": "ok"})
+    extra = [
+        "--api-key",
+        "hunter2",
+        "hunter2",
+        "--hf-token=hunter2",
+        "--max-num-batched-tokens",
+        "99",
+        "--tokenizer",
+        "t",
+    ]
+    put(data, "services/prefill/extra_args", extra)
+    put(data, "deployment/prefill/group1/password", "hunter2")
+    plan = planned(tmp_path, data)
+    shown = plan_as_dict(plan)
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(plan_table(plan))
+    assert "hunter2" not in json.dumps(shown) + shown_command(plan.processes[0]) + capture.get()
+    assert shown["processes"][0]["env"]["HF_TOKEN"] == HIDDEN
+    assert shown["processes"][0]["env"]["TOKENIZERS"] == "ok"
+    assert shown["processes"][0]["command"][-4:] == ["--max-num-batched-tokens", "99", "--tokenizer", "t"]
+    assert "hunter2" in plan.processes[0].command, "the plan itself still has it"
