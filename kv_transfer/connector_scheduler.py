@@ -258,7 +258,8 @@ def _find_wake_up() -> Callable[[], None]:
     from vllm.v1.engine import EngineCoreRequestType
     from vllm.v1.engine.core import EngineCoreProc
 
-    engine = next((o for o in gc.get_objects() if isinstance(o, EngineCoreProc)), None)
+    # type(), as isinstance() asks each object for its __class__, which runs code of lazy modules and proxies.
+    engine = next((o for o in gc.get_objects() if issubclass(type(o), EngineCoreProc)), None)
     if engine is None:
         logger.warning("no EngineCore in this process: an idle engine gives leased KV blocks back at its next request")
         return _nothing

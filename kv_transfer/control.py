@@ -12,7 +12,7 @@ import zmq
 from kv_transfer import protocol
 from kv_transfer.errors import DeadlineError, PeerRefusedError, PeerUnreachableError, ProtocolError
 from kv_transfer.lease import LeaseTable
-from kv_transfer.protocol import EndRead, Fingerprint, Hello, ReadEnded, Refused, Welcome
+from kv_transfer.protocol import EndLease, EndRead, Fingerprint, Hello, ReadEnded, Refused, Welcome
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +100,8 @@ class ControlServer:
                 return Refused(why)
             case EndRead(lease_id, reader, rank):
                 return ReadEnded(self._leases.end_read(lease_id, reader, rank))
+            case EndLease(lease_id):
+                return ReadEnded(self._leases.end(lease_id))
         return Refused(f"{type(request).__name__} does not belong on the control port")
 
 
@@ -131,6 +133,13 @@ class ControlClient:
         reply = self._ask(EndRead(lease_id, reader, rank), deadline)
         if not isinstance(reply, ReadEnded):
             raise ProtocolError(f"{reply} in answer to the end of a read")
+        return reply.valid
+
+    def end_lease(self, lease_id: str, deadline: float) -> bool:
+        """Whether the lease was open. Raises like `greet`."""
+        reply = self._ask(EndLease(lease_id), deadline)
+        if not isinstance(reply, ReadEnded):
+            raise ProtocolError(f"{reply} in answer to the end of a lease")
         return reply.valid
 
     def __enter__(self) -> Self:

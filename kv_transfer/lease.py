@@ -27,7 +27,7 @@ class Lease:
 @dataclass
 class LeaseCounts:
     granted: int = 0
-    released: int = 0  # every reader is done
+    released: int = 0  # every reader is done, or none will come
     expired: int = 0
 
 
@@ -101,6 +101,17 @@ class LeaseTable:
                 self._counts.released += 1
         if over:
             self._on_change()
+        return True
+
+    def end(self, lease_id: str) -> bool:
+        """End a lease that nobody needs any more; returns whether it was open."""
+        with self._lock:
+            lease = self._open.pop(lease_id, None)
+            if lease is None:
+                return False
+            self._ended.append(lease)
+            self._counts.released += 1
+        self._on_change()
         return True
 
     def expire(self) -> None:

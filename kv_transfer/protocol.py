@@ -25,6 +25,7 @@ MAX_FRAME_BYTES = 16 << 20
 
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
+Host = Annotated[str, msgspec.Meta(pattern=r"^[0-9A-Za-z._:%-]{1,255}\Z")]  # a name or an address
 BlockId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 BlockIds = Annotated[tuple[BlockId, ...], msgspec.Meta(max_length=MAX_BLOCKS)]
 
@@ -52,7 +53,7 @@ class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
 class RankEndpoint(msgspec.Struct, frozen=True):
     """Where the blocks of one tensor-parallel rank of P are read. `run_id` is new with every start of P."""
 
-    host: Name
+    host: Host
     port: Port
     run_id: Name
 
@@ -77,8 +78,14 @@ class EndRead(msgspec.Struct, frozen=True, tag="end_read"):
     rank: Annotated[int, msgspec.Meta(ge=0, le=4095)] | None
 
 
+class EndLease(msgspec.Struct, frozen=True, tag="end_lease"):
+    """Proxy → P: nobody will read; whoever does already will find its read void."""
+
+    lease_id: Name
+
+
 class ReadEnded(msgspec.Struct, frozen=True, tag="read_ended"):
-    """P → D: whether the lease still held, that is, whether what was read is good."""
+    """P's answer to both: whether the lease held until now, that is, whether what was read is good."""
 
     valid: bool
 
@@ -103,7 +110,7 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
     why: str
 
 
-Request = Hello | EndRead | ReadBlocks
+Request = Hello | EndRead | EndLease | ReadBlocks
 Reply = Welcome | ReadEnded | BlocksFollow | Refused
 
 _encoder = msgspec.msgpack.Encoder()
@@ -148,7 +155,7 @@ class HandOff(msgspec.Struct, frozen=True, kw_only=True):
     do_remote_decode: bool
     remote_engine_id: Name
     remote_request_id: Name
-    remote_host: Name
+    remote_host: Host
     remote_port: Port
     remote_block_ids: tuple[BlockIds]  # one KV cache group
     remote_num_tokens: Annotated[int, msgspec.Meta(ge=1)]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import uvicorn
 
+from omni.process import obey_parent
 from services.global_proxy.app import Proxy
 from services.global_proxy.settings import Settings
 
@@ -72,6 +73,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, int, Settings]:
 
 
 def main() -> None:
+    obey_parent()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.raiseExceptions = False  # a full disk loses log lines, not requests
     host, port, settings = parse_arguments(sys.argv[1:])

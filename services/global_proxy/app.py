@@ -19,6 +19,7 @@ from services.global_proxy.handoff import Handoff
 from services.global_proxy.health import HealthCheck
 from services.global_proxy.metrics import Metrics
 from services.global_proxy.policy import RoundRobin
+from services.global_proxy.release import LeaseReleaser
 from services.global_proxy.request_scope import InFlight
 from services.global_proxy.settings import Settings
 from services.global_proxy.upstream import EngineClient, Instance, Pool, Role
@@ -78,14 +79,16 @@ class Proxy:
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         settings = self.settings
         client = EngineClient(settings.connect_timeout_s, self.metrics)
+        leases = LeaseReleaser()
         try:
             pools = (self._pool("prefill", settings.prefill_urls), self._pool("decode", settings.decode_urls))
-            handoff = Handoff(*pools, client, self.metrics)
+            handoff = Handoff(*pools, client, leases, self.metrics)
             completions = Completions(settings, handoff, self.in_flight, self.metrics)
             self._runtime = Runtime(client, pools, HealthCheck(pools, client), completions)
             yield
         finally:
             self._runtime = None
+            await leases.close()
             await client.close()
 
     def _pool(self, role: Role, urls: tuple[str, ...]) -> Pool:

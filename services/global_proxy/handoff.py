@@ -3,6 +3,7 @@
 1. A request that one hand-off cannot carry goes to D alone (rules.py).
 2. Leg 1: P computes the prompt and answers with `kv_transfer_params`. Any other answer of P is the client's.
 3. Leg 2: D gets the client's request plus those parameters, unread, and its answer is relayed as it comes.
+4. If D did not take the request, P is told that its KV blocks are not needed (release.py).
 
 Once a byte has been relayed nothing is tried again.
 """
@@ -16,6 +17,7 @@ import msgspec
 
 from services.global_proxy.errors import DiedError, UnreachableError, UpstreamError
 from services.global_proxy.metrics import Metrics
+from services.global_proxy.release import LeaseReleaser
 from services.global_proxy.reply import Header, Reply
 from services.global_proxy.request_body import RequestBody
 from services.global_proxy.rules import NO_HANDOFF, decode_only_reason
@@ -61,10 +63,13 @@ class _PrefillAnswer(msgspec.Struct):
 class Handoff:
     """Serves requests with one pool of each role."""
 
-    def __init__(self, prefill: Pool, decode: Pool, client: EngineClient, metrics: Metrics) -> None:
+    def __init__(
+        self, prefill: Pool, decode: Pool, client: EngineClient, leases: LeaseReleaser, metrics: Metrics
+    ) -> None:
         self._prefill_pool = prefill
         self._decode_pool = decode
         self._client = client
+        self._leases = leases
         self._metrics = metrics
 
     async def serve(self, call: Call, reply: Reply, trace: Trace) -> None:
@@ -83,12 +88,15 @@ class Handoff:
                 return
             if params == _NULL:
                 trace.decode_only = NO_HANDOFF
-        if trace.decode_only is None:
-            body = call.body.decode_json(params)
-        else:
-            body = call.body.plain_json
+        if trace.decode_only is not None:
             self._metrics.decode_only.labels(trace.decode_only).inc()
-        await self._decode(call, body, reply, trace)
+            await self._decode(call, call.body.plain_json, reply, trace)
+            return
+        try:
+            await self._decode(call, call.body.decode_json(params), reply, trace)
+        finally:
+            if reply.status != 200:
+                self._leases.release(params)
 
     async def _prefill(self, call: Call, trace: Trace) -> tuple[Answer, msgspec.Raw]:
         """Leg 1. A prompt can be computed twice: whatever went wrong on one P, another is tried."""

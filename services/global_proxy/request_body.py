@@ -76,7 +76,7 @@ def parse_body(raw: bytes, max_n: int) -> RequestBody:
     """Read a client's body.
 
     Raises:
-        InvalidRequestError: it is not a JSON object, or `n` is out of range.
+        InvalidRequestError: it is not a JSON object, or `n` is too large.
     """
     try:
         fields = msgspec.json.decode(raw)
@@ -99,11 +99,12 @@ def _clean_vllm_xargs(fields: dict[str, Any]) -> None:
 
 
 def _count_choices(fields: dict[str, Any], max_n: int) -> int:
+    """`n`; 1 for what is no count, which D is left to refuse (rules.py)."""
     n = fields.get("n")
-    if n is None:
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
         return 1
-    if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= max_n:
-        raise InvalidRequestError(f"n must be a whole number from 1 to {max_n}", param="n")
+    if n > max_n:
+        raise InvalidRequestError(f"n is {n}; at most {max_n} choices are made", param="n")
     return n
 
 

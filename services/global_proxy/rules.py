@@ -23,12 +23,23 @@ def _echoes_logprobs(body: Body) -> bool:
     return bool(body.get("echo")) and ("messages" in body or body.get("logprobs") is not None)
 
 
+def _is_refused_for(field: str) -> Callable[[Body], bool]:
+    """Not a count. P is asked for one token of one choice and would not see it: D is left to refuse it."""
+
+    def applies(body: Body) -> bool:
+        value = body.get(field)
+        return value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1)
+
+    return applies
+
+
 DECODE_ONLY_RULES: tuple[tuple[str, Callable[[Body], bool]], ...] = (
     ("batch", _is_batch),
     ("prompt_logprobs", lambda body: body.get("prompt_logprobs") is not None),
     ("echo_logprobs", _echoes_logprobs),
     ("beam_search", lambda body: bool(body.get("use_beam_search"))),
     ("prompt_embeds", lambda body: body.get("prompt_embeds") is not None),
+    *(("invalid", _is_refused_for(field)) for field in ("n", "max_tokens", "max_completion_tokens")),
 )
 
 NO_HANDOFF = "prefill_gave_no_params"  # not a rule: P answered, with nothing to hand off

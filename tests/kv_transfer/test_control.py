@@ -317,9 +317,12 @@ def test_what_is_no_answer_fails(
     def answer(router: zmq.Socket[bytes], frames: list[bytes]) -> None:
         router.send_multipart([*frames[:2], *reply])
 
-    with false_server(context, answer) as port, ControlClient(context, "127.0.0.1", port) as client:
-        with pytest.raises(error):
-            client.end_read("a", "reader", 0, time.monotonic() + 0.3)
+    with (
+        false_server(context, answer) as port,
+        ControlClient(context, "127.0.0.1", port) as client,
+        pytest.raises(error),
+    ):
+        client.end_read("a", "reader", 0, time.monotonic() + 0.3)
 
 
 def test_a_flood_of_wrong_answers_meets_the_deadline(context: zmq.Context[zmq.Socket[bytes]]) -> None:

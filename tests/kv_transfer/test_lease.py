@@ -97,9 +97,7 @@ def test_expiry_ends_only_the_leases_whose_time_is_up(table: LeaseTable, clock: 
 
 
 @pytest.mark.parametrize(("num_readers", "tp_size"), [(1, 1), (3, 1), (1, 4), (3, 2)])
-def test_every_reader_on_every_rank_must_end(
-    clock: Clock, changes: Changes, num_readers: int, tp_size: int
-) -> None:
+def test_every_reader_on_every_rank_must_end(clock: Clock, changes: Changes, num_readers: int, tp_size: int) -> None:
     table = table_of(clock, changes, tp_size=tp_size)
     lease = table.grant([1, 2], num_readers)
     reads = [(f"reader-{reader}", rank) for reader in range(num_readers) for rank in range(tp_size)]
@@ -157,9 +155,7 @@ def test_on_change_is_called_for_the_first_lease_and_for_each_end(
 
 def test_on_change_is_called_without_the_lock(clock: Clock) -> None:
     sizes: list[int] = []
-    table = LeaseTable(
-        lease_s=LEASE_S, tp_size=1, on_change=lambda: sizes.append(len(table.take_ended())), clock=clock
-    )
+    table = LeaseTable(lease_s=LEASE_S, tp_size=1, on_change=lambda: sizes.append(len(table.take_ended())), clock=clock)
     lease = table.grant([1], num_readers=1)
     table.end_read(lease.lease_id, "reader", 0)
     assert sizes == [0, 1]

@@ -1,3 +1,4 @@
+# ruff: noqa: N806 - tensor names carry their shape
 """Which bytes of a KV cache are a block's. Shapes: N blocks, H heads, T tokens of a block, D head dimension."""
 
 import random

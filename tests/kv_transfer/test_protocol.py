@@ -1,3 +1,4 @@
+import contextlib
 import random
 from collections.abc import Callable
 from typing import Any
@@ -120,19 +121,15 @@ def test_what_is_not_our_protocol_is_a_protocol_error(decode: Callable[[bytes], 
 @pytest.mark.parametrize(
     ("decode", "messages"), [(protocol.decode_request, REQUESTS), (protocol.decode_reply, REPLIES)]
 )
-def test_damaged_messages_decode_or_are_protocol_errors(
-    decode: Callable[[bytes], object], messages: list[Any]
-) -> None:
+def test_damaged_messages_decode_or_are_protocol_errors(decode: Callable[[bytes], object], messages: list[Any]) -> None:
     rng = random.Random(7)
     for _ in range(20_000):
         data = bytearray(protocol.encode(rng.choice(messages)))
         for _ in range(rng.randint(1, 4)):
             data[rng.randrange(len(data))] = rng.randrange(256)
         del data[rng.randint(1, len(data)) :]
-        try:
+        with contextlib.suppress(ProtocolError):
             decode(bytes(data))
-        except ProtocolError:
-            pass
 
 
 def test_differences_name_each_field_and_both_values() -> None:
@@ -160,7 +157,7 @@ def test_parameters_that_others_added_are_ignored() -> None:
     assert parse_hand_off(params) == parse_hand_off(good_params())
 
 
-@pytest.mark.parametrize("name", [name for name in HandOff.__struct_fields__])
+@pytest.mark.parametrize("name", HandOff.__struct_fields__)
 def test_a_missing_field_is_named(name: str) -> None:
     params = good_params()
     del params[name]
@@ -181,7 +178,7 @@ WRONG = [
     ("do_remote_decode", [0, "false", None]),
     ("remote_engine_id", ["", "x" * 513, 7, None, ["engine"]]),
     ("remote_request_id", ["", "x" * 513, 7, None]),
-    ("remote_host", ["", "x" * 513, 7, None, {}]),
+    ("remote_host", ["", "x" * 256, 7, None, {}, "a b", "a\x00b", "\ud800", "10.0.0.1;tcp://10.0.0.2", "a\n", "*"]),
     ("remote_port", [0, -1, 65536, "9000", 9000.5, True, None, 1 << 70]),
     (
         "remote_block_ids",
@@ -233,14 +230,10 @@ def test_forged_parameters_parse_or_are_hand_off_errors() -> None:
             target = rng.choice([params, params["omni"]]) if isinstance(params.get("omni"), dict) else params
             name = rng.choice([*target, "unknown"])
             target[name] = rng.choice([*values, rng.choice(values), [rng.choice(values)], {"omni": rng.choice(values)}])
-        try:
+        with contextlib.suppress(HandOffError):
             parse_hand_off(params)
-        except HandOffError:
-            pass
-        try:
+        with contextlib.suppress(HandOffError):
             assert 1 <= parse_num_readers(params) <= MAX_READERS
-        except HandOffError:
-            pass
 
 
 def test_deep_nesting_is_ignored_or_a_hand_off_error() -> None:

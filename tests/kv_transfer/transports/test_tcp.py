@@ -1,3 +1,4 @@
+# ruff: noqa: N806 - tensor names carry their shape
 """Real sockets, real memory; where a peer misbehaves, a stand-in peer plays its part."""
 
 import contextlib
@@ -198,10 +199,7 @@ def test_bytes_that_come_one_at_a_time(decode: Side) -> None:
 def test_many_threads_read_at_once(prefill: Side, decode: Side) -> None:
     endpoint = prefill.transport.serve("127.0.0.1")
     with ThreadPoolExecutor(8) as pool:
-        reads = [
-            pool.submit(decode.transport.read, endpoint, [block], [(block + 7) % N], soon())
-            for block in range(N)
-        ]
+        reads = [pool.submit(decode.transport.read, endpoint, [block], [(block + 7) % N], soon()) for block in range(N)]
         assert sum(read.result() for read in reads) == N * BLOCK_BYTES
     assert torch.equal(decode.kv_2NTD.roll(-7, dims=1), prefill.kv_2NTD)
 
@@ -390,9 +388,7 @@ def test_garbage_ends_its_connection_and_nothing_else(prefill: Side, decode: Sid
     assert torch.equal(decode.kv_2NTD[:, 2], prefill.kv_2NTD[:, 1])
 
 
-def test_a_request_that_never_ends_is_dropped(
-    prefill: Side, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_request_that_never_ends_is_dropped(prefill: Side, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tcp, "_PEER_TIMEOUT_S", 0.1)
     endpoint = prefill.transport.serve("127.0.0.1")
     with socket.create_connection((endpoint.host, endpoint.port), timeout=5) as connection:
@@ -411,9 +407,7 @@ def test_a_reader_that_takes_nothing_is_dropped(monkeypatch: pytest.MonkeyPatch)
     prefill.transport.close()
 
 
-def test_connections_beyond_the_limit_are_closed(
-    prefill: Side, decode: Side, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_connections_beyond_the_limit_are_closed(prefill: Side, decode: Side, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tcp, "_MAX_CONNECTIONS", 2)
     endpoint = prefill.transport.serve("127.0.0.1")
     address = (endpoint.host, endpoint.port)
@@ -536,11 +530,8 @@ def test_a_transport_that_never_served_closes() -> None:
 def test_an_idle_server_uses_no_cpu(prefill: Side, decode: Side) -> None:
     endpoint = prefill.transport.serve("127.0.0.1")
     decode.transport.read(endpoint, [1], [2], soon())
-    clocks = [
-        time.pthread_getcpuclockid(thread.ident)
-        for thread in threading.enumerate()
-        if thread.name.startswith("kv-blocks") and thread.ident is not None
-    ]
+    threads = [prefill.transport._accepting, *prefill.transport._serving.values()]
+    clocks = [time.pthread_getcpuclockid(thread.ident) for thread in threads if thread and thread.ident]
     assert len(clocks) == 2
     before_s = sum(map(time.clock_gettime, clocks))
     time.sleep(0.5)

@@ -81,7 +81,12 @@ def planned(
 def model_folder(folder: Path, **config: Any) -> Path:
     """A folder with a config.json and 1000 bytes of weights."""
     folder.mkdir(exist_ok=True)
-    facts = {"num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 64}
+    facts: dict[str, Any] = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "hidden_size": 64,
+    }
     facts |= {"max_position_embeddings": 512, "dtype": "bfloat16"} | config
     (folder / "config.json").write_text(json.dumps(facts))
     (folder / "model.safetensors").write_bytes(b"\0" * 1000)

@@ -23,7 +23,8 @@ def test_a_small_file_and_its_defaults(tmp_path: Path) -> None:
     assert deployment.deployment.proxy.host == "127.0.0.1"
     assert deployment.services.prefill.max_model_len == 32000
     assert deployment.services.decode.max_model_len == 16384
-    assert deployment.services.kv_transfer.load_failure_policy == "recompute"
+    transfer = deployment.services.kv_transfer
+    assert (transfer.lease_s, transfer.load_timeout_s, transfer.load_failure_policy) == (30, 30, "recompute")
 
 
 def test_numbers_as_text(tmp_path: Path) -> None:
@@ -96,6 +97,7 @@ BLOCK = 'is not a block of NAME: text lines; write lines such as OMP_PROC_BIND: 
         ("name", "a/b", "'a/b' is not a deployment name; write `name:` with at most 64 letters"),
         ("services/kv_transfer/checksum", "maybe", "'maybe' is not true or false; write true or false"),
         ("services/kv_transfer/checksum", None, "an empty value is not true or false; write true or false"),
+        (f"{P1}/password", 5, "is not text; put it in quotes"),
         ("platform", "tpu", "'tpu' is not known; write cpu, npu or cuda"),
         ("services/dtype", "fp8", "'fp8' is not known; write auto, bfloat16, float16 or float32"),
         ("backend", "ansible", "'ansible' is not in this version; write local"),

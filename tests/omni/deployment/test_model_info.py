@@ -39,6 +39,11 @@ def test_names_that_models_use(tmp_path: Path) -> None:
     assert (info.is_moe, info.mla_width) == (True, 576)
 
 
+def test_a_quantised_model(tmp_path: Path) -> None:
+    assert not read_model_info(model_folder(tmp_path)).is_quantized
+    assert read_model_info(model_folder(tmp_path, quantization_config={"quant_method": "fp8"})).is_quantized
+
+
 def test_zero_means_not_given(tmp_path: Path) -> None:
     info = read_model_info(model_folder(tmp_path, head_dim=0, num_experts=0, num_local_experts=4))
     assert (info.head_dim, info.is_moe) == (8, True)

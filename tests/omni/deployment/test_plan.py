@@ -40,6 +40,7 @@ def test_one_prefill_one_decode(tmp_path: Path) -> None:
     assert value(decode, "--dtype") == "bfloat16"
     assert value(decode, "--tensor-parallel-size") == "1"
     assert value(decode, "--max-num-seqs") == "64"
+    assert int(value(decode, "--shutdown-timeout")) > 0
     assert "--enforce-eager" in decode.command
     assert not [part for part in decode.command if part.startswith("--data-parallel")]
     assert prefill.log_file == Path.cwd() / "logs/trial/prefill.group1.rank0.log"

@@ -108,6 +108,11 @@ def test_equal_ports_on_different_hosts_are_fine(tmp_path: Path) -> None:
     loaded(tmp_path, data)
 
 
+def test_the_highest_port(tmp_path: Path) -> None:
+    data = put(content(), f"{P1}/base_api_port", 65534)
+    loaded(tmp_path, put(put(data, f"{P1}/master_port", 2000), "services/prefill/data_parallel_size", 2))
+
+
 def test_devices_do_not_matter_on_a_cpu(tmp_path: Path) -> None:
     data = put(put(content(), f"{P1}/ascend_rt_visible_devices", 0), f"{D1}/ascend_rt_visible_devices", "0")
     loaded(tmp_path, put(data, "platform", "cpu"))

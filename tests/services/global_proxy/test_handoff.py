@@ -149,6 +149,10 @@ DECODE_ONLY: list[tuple[str, dict[str, Any]]] = [
     ("echo_logprobs", {"echo": True, "messages": []}),
     ("beam_search", {"use_beam_search": True}),
     ("prompt_embeds", {"prompt_embeds": "AAAA"}),
+    ("invalid", {"n": 0}),
+    ("invalid", {"n": True}),
+    ("invalid", {"max_tokens": -1}),
+    ("invalid", {"max_completion_tokens": "many"}),
 ]
 
 
