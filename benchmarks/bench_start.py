@@ -84,7 +84,8 @@ def _started(command: list[str], urls: list[str]) -> Iterator[float]:
 def _restart_one(plan: LaunchPlan) -> float:
     name, url = plan.processes[0].name, plan.processes[0].url
     pid = RunFolder.of(plan.name).processes()[name].pid
-    assert pid is not None
+    if pid is None:
+        sys.exit(f"{name} is not running")
     os.kill(pid, signal.SIGKILL)
     start = time.monotonic()
     _wait_until(lambda: RunFolder.of(plan.name).processes()[name].pid not in (pid, None) and _is_healthy(url))

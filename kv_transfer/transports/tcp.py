@@ -80,11 +80,12 @@ class TcpTransport(Transport):
         with self._lock:
             if self._closed or len(self._serving) >= _MAX_CONNECTIONS:
                 return False
+            self._serving[connection] = thread
             try:
                 thread.start()
             except RuntimeError:  # the system has no more threads
+                del self._serving[connection]
                 return False
-            self._serving[connection] = thread
         return True
 
     def _serve_connection(self, connection: socket.socket, run_id: str) -> None:

@@ -73,7 +73,7 @@ def _spawn(command: Sequence[str], env: dict[str, str], output: int) -> int:
     """Start a program with `output` as its stdout and stderr; returns its pid. It ends when this process ends."""
     return os.posix_spawn(
         command[0],
-        command,
+        list(command),
         {**os.environ, **env, **parent_environment()},
         file_actions=[(os.POSIX_SPAWN_DUP2, output, 1), (os.POSIX_SPAWN_DUP2, output, 2)],
         setsid=True,  # Ctrl-C is for the launcher alone, which then stops its children in order
