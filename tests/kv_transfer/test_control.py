@@ -373,11 +373,14 @@ def test_ending_the_context_ends_a_wait() -> None:
             except PeerUnreachableError as error:
                 errors.append(error)
 
-    thread = threading.Thread(target=wait)
-    thread.start()
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
     time.sleep(0.05)
-    context.term()
-    thread.join(timeout=5)
+    ending = threading.Thread(target=context.term, daemon=True)
+    ending.start()
+    ending.join(timeout=5)
+    assert not ending.is_alive()
+    waiting.join(timeout=5)
     assert len(errors) == 1
 
 

@@ -13,6 +13,7 @@ libgomp does not survive a fork once a parallel region has run, so every process
 """
 
 import functools
+import gc
 import importlib
 import importlib.util
 import json
@@ -88,6 +89,7 @@ def import_vllm(model_path: Path) -> None:
         importlib.import_module(module)
     for architecture in json.loads((model_path / "config.json").read_text()).get("architectures") or ():
         _import_architecture(architecture)
+    gc.freeze()  # what was imported stays: no child need search it for garbage, nor copy its pages in doing so
 
 
 def _import_architecture(architecture: str) -> None:

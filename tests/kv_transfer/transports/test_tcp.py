@@ -93,12 +93,14 @@ def peer(*answers: Peer) -> Iterator[RankEndpoint]:
                     connection.settimeout(10)
                     answer(connection)
 
-        thread = threading.Thread(target=run)
+        thread = threading.Thread(target=run, daemon=True)
         thread.start()
-        yield RankEndpoint("127.0.0.1", listener.getsockname()[1], "run")
-        with contextlib.suppress(OSError):
-            listener.shutdown(socket.SHUT_RDWR)
-        thread.join(timeout=10)
+        try:
+            yield RankEndpoint("127.0.0.1", listener.getsockname()[1], "run")
+        finally:
+            with contextlib.suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
+            thread.join(timeout=10)
         assert not thread.is_alive()
 
 
