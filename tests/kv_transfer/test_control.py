@@ -162,6 +162,15 @@ def test_ending_a_read_ends_the_lease(prefill: Prefill, client: ControlClient) -
     assert not client.end_read("no such lease", "reader", None, soon())
 
 
+def test_a_proxy_ends_a_lease_that_no_engine_will_read(prefill: Prefill, client: ControlClient) -> None:
+    lease = prefill.leases.grant([1, 2], num_readers=3)
+    assert client.end_lease(lease.lease_id, soon())
+    assert [ended.block_ids for ended in prefill.leases.take_ended()] == [(1, 2)]
+    assert not client.end_lease(lease.lease_id, soon())
+    assert not client.end_lease("no such lease", soon())
+    assert not client.end_read(lease.lease_id, "reader", 0, soon())
+
+
 def test_a_lease_expires_without_any_message() -> None:
     prefill = Prefill(lease_s=0.05)
     prefill.leases.grant([1], num_readers=1)

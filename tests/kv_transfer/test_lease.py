@@ -161,6 +161,18 @@ def test_on_change_is_called_without_the_lock(clock: Clock) -> None:
     assert sizes == [0, 1]
 
 
+def test_a_lease_that_nobody_needs_is_ended_whoever_has_read(table: LeaseTable, changes: Changes) -> None:
+    lease = table.grant([1, 2], num_readers=3)
+    table.end_read(lease.lease_id, "reader", 0)
+    assert table.end(lease.lease_id)
+    assert changes.num == 2
+    assert not table.end(lease.lease_id)
+    assert not table.end("no such lease")
+    assert not table.end_read(lease.lease_id, "late reader", 0)
+    assert [ended.block_ids for ended in table.take_ended()] == [(1, 2)]
+    assert table.take_counts() == LeaseCounts(granted=1, released=1, expired=0)
+
+
 def test_counts_are_taken_once(table: LeaseTable, clock: Clock) -> None:
     released = table.grant([1], num_readers=1)
     table.grant([2], num_readers=1)
@@ -206,7 +218,14 @@ def test_every_lease_ends_exactly_once_under_threads(clock: Clock, changes: Chan
         while not done.is_set():
             returned.extend(lease.block_ids[0] for lease in table.take_ended())
 
-    threads = [threading.Thread(target=end_reads, args=(seed,)) for seed in range(3)]
+    def end() -> None:
+        rng = random.Random(99)
+        while not done.is_set():
+            if granted:
+                table.end(rng.choice(granted))
+
+    threads = [threading.Thread(target=end)]
+    threads += [threading.Thread(target=end_reads, args=(seed,)) for seed in range(3)]
     threads += [threading.Thread(target=expire), threading.Thread(target=take_back)]
     for thread in threads:
         thread.start()

@@ -10,6 +10,7 @@ from kv_transfer.errors import HandOffError, ProtocolError
 from kv_transfer.protocol import (
     MAX_READERS,
     BlocksFollow,
+    EndLease,
     EndRead,
     Fingerprint,
     HandOff,
@@ -31,6 +32,7 @@ REQUESTS = [
     Hello(FINGERPRINT),
     EndRead("lease", "reader é", None),
     EndRead("lease", "reader", 3),
+    EndLease("lease"),
     ReadBlocks("run", (1, 2, 500), True),
     ReadBlocks("run", ()),
 ]
