@@ -7,9 +7,9 @@ import time
 from rich.console import Console
 
 from omni.cli.progress import StartProgress
+from omni.deployment.backends.local import claim_folder
 from omni.deployment.errors import DeploymentError
 from omni.deployment.plan_types import LaunchPlan
-from omni.deployment.run_state import RunFolder
 
 _READY_TIMEOUT_S = 900.0  # large models load for minutes; an engine that fails is noticed at once
 
@@ -18,9 +18,9 @@ def start(plan: LaunchPlan, console: Console) -> None:
     """Returns when every process is ready.
 
     Raises:
-        DeploymentError: the launcher ended; the message has the end of its log.
+        DeploymentError: it is running already, or the launcher ended; the message has the end of its log.
     """
-    folder = RunFolder.of(plan.name)
+    folder = claim_folder(plan)
     log_file = plan.proxy.log_file.with_name("launcher.log")
     log_file.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "omni.cli.main", "serve", "--quiet", str(plan.config_file)]

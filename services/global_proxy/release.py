@@ -32,7 +32,7 @@ class LeaseReleaser:
         """Begin to end the lease that these parameters name. Those of other connectors name none."""
         try:
             hand_off = parse_hand_off(msgspec.json.decode(kv_transfer_params))
-        except (HandOffError, msgspec.DecodeError):
+        except (HandOffError, msgspec.DecodeError, UnicodeDecodeError):
             return
         task = asyncio.create_task(asyncio.to_thread(self._release, hand_off))
         self._tasks.add(task)

@@ -25,14 +25,7 @@ def serve(plan: LaunchPlan, *, on_tick: Callable[[], bool] | None = None) -> int
     Raises:
         DeploymentError: a deployment of that name is running.
     """
-    folder = RunFolder.of(plan.name)
-    earlier = folder.deployment()
-    if earlier is not None and earlier.is_running:
-        raise DeploymentError(
-            f"deployment {plan.name!r} is running already (pid {earlier.launcher_pid}): "
-            f"`omni_cli stop {plan.name}` first, or give this one another `name`"
-        )
-    folder.remove()
+    folder = claim_folder(plan)
     remove_shared_memory()
     folder.write_deployment(_state(plan))
     log_folder = plan.proxy.log_file.parent
@@ -54,6 +47,23 @@ def serve(plan: LaunchPlan, *, on_tick: Callable[[], bool] | None = None) -> int
     finally:
         remove_shared_memory()
         folder.remove()
+
+
+def claim_folder(plan: LaunchPlan) -> RunFolder:
+    """The deployment's run folder, emptied of what a killed launcher left there.
+
+    Raises:
+        DeploymentError: a deployment of that name is running.
+    """
+    folder = RunFolder.of(plan.name)
+    earlier = folder.deployment()
+    if earlier is not None and earlier.is_running:
+        raise DeploymentError(
+            f"deployment {plan.name!r} is running already (pid {earlier.launcher_pid}): "
+            f"`omni_cli stop {plan.name}` first, or give this one another `name`"
+        )
+    folder.remove()
+    return folder
 
 
 def _state(plan: LaunchPlan) -> DeploymentState:
