@@ -22,7 +22,13 @@ def check_machine(plan: LaunchPlan, machine: Machine | None = None) -> None:
         MachineError: with every problem found.
     """
     machine = machine or this_machine()
-    found = [*_model_problems(plan), *_environment_problems(), *_port_problems(plan), *_memory_problems(plan, machine)]
+    found = [
+        *_model_problems(plan),
+        *_expert_problems(plan),
+        *_environment_problems(),
+        *_port_problems(plan),
+        *_memory_problems(plan, machine),
+    ]
     raise_any(found, MachineError)
 
 
@@ -30,6 +36,15 @@ def _model_problems(plan: LaunchPlan) -> Iterator[Problem]:
     if not (plan.model_path / "config.json").is_file():
         text = f"{plan.model_path} holds no config.json"
         yield Problem("services.model_path", text, "write the path of a Hugging Face model folder")
+
+
+def _expert_problems(plan: LaunchPlan) -> Iterator[Problem]:
+    """vLLM 0.32 starts such engines on a CPU, and then fails every request with NotImplementedError."""
+    for process in plan.processes:
+        if process.dp_rank == 0 and process.cpu_cores and "--enable-expert-parallel" in process.command:
+            field = f"deployment.{process.role}.{process.group}.data_parallel_size"
+            text = f"{process.env['VLLM_DP_SIZE']}: vLLM has no CPU kernel for experts that are spread over DP ranks"
+            yield Problem(field, text, "write 1, and more groups in its place")
 
 
 def _environment_problems() -> Iterator[Problem]:

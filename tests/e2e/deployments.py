@@ -110,13 +110,13 @@ def deployed(
     model: str,
     prefill_groups: int,
     decode_groups: int,
-    data_parallel_size: int = 1,
+    dp: int = 1,
+    tp: int = 1,
     max_model_len: int = 2048,
 ) -> Iterator[Deployment]:
     """Start a deployment in float32, in which greedy tokens do not hang on rounding; stop it afterwards."""
     name = f"test-{folder.name}"
-    ranks = data_parallel_size
-    first_port = free_ports(2 * (prefill_groups + decode_groups) * ranks + 4)
+    first_port = free_ports((prefill_groups + decode_groups) * (dp + 1) + 1)
     ports = iter(range(first_port, first_port + 1000))
 
     def take(count: int) -> int:
@@ -127,13 +127,14 @@ def deployed(
         return {
             f"group{index}": {
                 "hosts": "127.0.0.1",
-                "base_api_port": take(ranks),
+                "base_api_port": take(dp),
                 "master_port": take(1),
             }
             for index in range(1, count + 1)
         }
 
-    role = {"data_parallel_size": ranks, "kv_cache_gib": 0.5, "max_model_len": max_model_len, **DIGESTS}
+    sizes = {"data_parallel_size": dp, "tensor_parallel_size": tp}
+    role = {**sizes, "kv_cache_gib": 0.5, "max_model_len": max_model_len, **DIGESTS}
     content = {
         "name": name,
         "platform": "cpu",

@@ -9,7 +9,7 @@ from urllib.error import HTTPError
 import pytest
 
 from omni.deployment.embedded_model import ensure_embedded_model
-from tests.e2e.deployments import Deployment, Server, deployed, eventually, plain_vllm, proxy_over
+from tests.e2e.deployments import Deployment, Server, deployed, eventually, proxy_over
 from tests.e2e.equality import CHAT, COMPLETIONS, AnswersLikePlainVllm, chat, choices, completion
 from tests.e2e.prompts import BLOCK_SIZE, prompts
 
@@ -24,15 +24,12 @@ def deployment(tmp_path_factory: pytest.TempPathFactory, free_ports: Callable[[i
 
 
 @pytest.fixture(scope="module")
-def plain(
-    deployment: Deployment, tmp_path_factory: pytest.TempPathFactory, free_ports: Callable[[int], int]
-) -> Iterator[Server]:
-    with plain_vllm(tmp_path_factory.mktemp("plain"), free_ports, model_path=ensure_embedded_model("tiny")) as server:
-        yield server
+def plain(plain_tiny: Server) -> Server:
+    return plain_tiny
 
 
 @pytest.fixture(scope="module")
-def texts(plain: Server) -> list[str]:
+def texts() -> list[str]:
     return prompts(lambda text: len(text.encode()))  # each byte is a token
 
 

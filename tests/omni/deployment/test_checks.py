@@ -72,6 +72,13 @@ def test_the_master_port_counts_where_somebody_listens(tmp_path: Path, taken_por
         check_machine(moe, machine())
 
 
+def test_experts_over_dp_ranks_on_a_cpu(tmp_path: Path) -> None:
+    data = put(content(), "services/decode/data_parallel_size", 2)
+    moe = planned(tmp_path, data, of=model(path=tmp_path / "model", is_moe=True))
+    with pytest.raises(MachineError, match=r"deployment\.decode\.group1\.data_parallel_size: 2: .*; write 1"):
+        check_machine(moe, machine())
+
+
 def test_too_little_memory(tmp_path: Path) -> None:
     with pytest.raises(MachineError) as caught:
         check_machine(plan(tmp_path, content()), machine(gib=3))
