@@ -1,5 +1,6 @@
 """What a process of ours does about its parent, its signals and what it leaves in shared memory."""
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -36,6 +37,19 @@ def obey_parent() -> None:
         die_with_parent(int(parent_pid))
 
 
+def start_ticks(pid: int) -> int | None:
+    """When a process began, in clock ticks since boot, which no change of the clock moves; None unless it lives.
+
+    Tells the process from a later one with its pid.
+    """
+    try:
+        stat = Path("/proc", str(pid), "stat").read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    state, *numbers = stat.rpartition(")")[2].split()  # the program's name may hold anything
+    return None if state in ("Z", "X") else int(numbers[18])
+
+
 def name_shared_memory() -> None:
     """Have all that this process and its forks create in /dev/shm bear its pid, so that it can be found afterwards."""
     prefix = f"/{_prefix(os.getpid())}"
@@ -45,11 +59,13 @@ def name_shared_memory() -> None:
 
 def remove_shared_memory(pid: int | None = None) -> None:
     """Remove what a dead process left in /dev/shm; without a pid, what any dead process of ours left."""
-    for path in _SHARED_MEMORY.glob(f"{_prefix(pid)}*" if pid is not None else "omni_*_*"):
-        owner = path.name.split("_")[1]
+    for path in _SHARED_MEMORY.glob(f"{_prefix('*' if pid is None else pid)}*"):
+        owner = path.name.split("_")[2]
         if owner.isdigit() and (pid is not None or not Path("/proc", owner).exists()):
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(PermissionError):  # another user's
+                path.unlink(missing_ok=True)
 
 
-def _prefix(pid: int) -> str:
-    return f"omni_{pid}_"
+def _prefix(pid: int | str) -> str:
+    """Containers may share /dev/shm while each numbers its own processes: the number of that namespace comes first."""
+    return f"omni_{os.stat('/proc/self/ns/pid').st_ino}_{pid}_"

@@ -21,18 +21,22 @@ class RotatingLog:
         try:
             if self._file.tell() + len(data) > self._max_bytes:
                 self._rotate()
-            self._file.write(data)
+            num_written = self._file.write(data)
         except OSError:
-            self.num_dropped_bytes += len(data)
+            num_written = 0
+        self.num_dropped_bytes += len(data) - num_written  # a disk that gets full takes a part
 
     def close(self) -> None:
         self._file.close()
 
     def _rotate(self) -> None:
-        for index in range(self._num_old, 0, -1):
-            older = self.path.with_name(f"{self.path.name}.{index}")
-            newer = self.path if index == 1 else self.path.with_name(f"{self.path.name}.{index - 1}")
-            if newer.exists():
-                newer.replace(older)
-        self._file.close()
-        self._file = self.path.open("ab", buffering=0)
+        """Raises OSError, and goes on with the present file, when a new one cannot be opened."""
+        if self.path.exists():  # else it was renamed before, and opening a new one failed
+            for index in range(self._num_old, 0, -1):
+                older = self.path.with_name(f"{self.path.name}.{index}")
+                newer = self.path if index == 1 else self.path.with_name(f"{self.path.name}.{index - 1}")
+                if newer.exists():
+                    newer.replace(older)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        full, self._file = self._file, self.path.open("ab", buffering=0)
+        full.close()

@@ -5,6 +5,7 @@ ends, a signal comes or a timer is due.
 """
 
 import contextlib
+import math
 import os
 import selectors
 import signal
@@ -13,20 +14,26 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
+from urllib.request import ProxyHandler, build_opener
 
 from omni.deployment.run_state import ProcessState, RunFolder
 from omni.process import remove_shared_memory
 from omni.rotating_log import RotatingLog
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # unless ignored, as under nohup
 _PROBE_INTERVAL_S = 0.2
 _TICK_S = 0.1
 _FIRST_BACKOFF_S = 0.5
 _LAST_BACKOFF_S = 60.0
 _STEADY_S = 60.0  # a child that was ready for so long starts its backoff anew
+_MAX_DOUBLINGS = 16  # more would change nothing, and 2.0**1024 is no float
 _LAST_LINES = 12
+_LINE_BYTES = 500  # of each of them
+
+# Children listen on this machine: a proxy named by $http_proxy must not be asked for them.
+_opener = build_opener(ProxyHandler({}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +63,11 @@ class _Running:
 
     pid: int
     pidfd: int
-    output: int
+    output: int | None  # where its stdout and stderr are read; None once all its writers have closed it
     started: float
+    probe_at: float
     ready_since: float | None = None
+    kill_at: float | None = None  # set once it was told to stop
     last_lines: deque[bytes] = field(default_factory=lambda: deque(maxlen=_LAST_LINES))
 
 
@@ -70,7 +79,8 @@ class _Supervised:
         self.log = RotatingLog(child.log_file)
         self.running: _Running | None = None
         self.restart_at: float | None = None
-        self.num_failed_starts = 0
+        self.num_short_runs = 0  # in a row
+        self.was_ever_ready = False
         self._folder = folder
         self.state = ProcessState(name=child.name, since_unix_s=time.time())
 
@@ -86,7 +96,8 @@ class Supervisor:
     """Args:
     children: what to run; all are started at once, stopped in reverse order.
     folder: where their states are written.
-    max_failed_starts: a child that ends so often in a row before it is ready is given up, and all with it.
+    max_failed_starts: a child that ends so often before it was ever ready is given up, and all with it. One that was
+        ready once is started again for as long as it takes: the others keep serving.
     on_tick: called some times a second until it returns False.
     """
 
@@ -106,10 +117,11 @@ class Supervisor:
         self.gave_up = False
 
     def run(self) -> int:
-        """Run until SIGTERM or SIGINT, or until a child is given up; returns the exit code (0 or 1)."""
+        """Run until one of STOP_SIGNALS comes or a child is given up; returns the exit code (0 or 1)."""
         wake_reader, wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._selector.register(wake_reader, selectors.EVENT_READ, None)
-        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        handled = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        previous = {number: signal.signal(number, self._on_signal) for number in handled}
         previous_fd = signal.set_wakeup_fd(wake_writer, warn_on_full_buffer=False)
         try:
             for supervised in self._supervised:
@@ -134,28 +146,40 @@ class Supervisor:
 
     def _start(self, supervised: _Supervised) -> None:
         supervised.restart_at = None
-        reader, writer = os.pipe2(os.O_CLOEXEC)
-        os.set_blocking(reader, False)
-        pid = supervised.child.start(writer)
-        os.close(writer)
-        running = _Running(pid=pid, pidfd=os.pidfd_open(pid), output=reader, started=time.monotonic())
+        now = time.monotonic()
+        try:
+            reader, writer = os.pipe2(os.O_CLOEXEC)
+            try:
+                os.set_blocking(reader, False)
+                pid = supervised.child.start(writer)
+            except OSError:
+                os.close(reader)
+                raise
+            finally:
+                os.close(writer)
+        except OSError as error:  # out of memory, processes or descriptors: that may pass
+            self._after_end(supervised, f"could not be started ({error})", (), is_final=False)
+            return
+        running = _Running(pid=pid, pidfd=os.pidfd_open(pid), output=reader, started=now, probe_at=now)
         supervised.running = running
         self._selector.register(running.pidfd, selectors.EVENT_READ, (self._on_exit, supervised))
-        self._selector.register(running.output, selectors.EVENT_READ, (self._on_output, supervised))
+        self._selector.register(reader, selectors.EVENT_READ, (self._on_output, supervised))
         supervised.set_state(state="starting", pid=pid, stage="starting", progress=0.0)
 
     def _on_output(self, supervised: _Supervised) -> None:
         running = supervised.running
         assert running is not None
+        assert running.output is not None
         try:
             data = os.read(running.output, 1 << 16)
         except BlockingIOError:
             return
         if not data:
             self._forget(running.output)
+            running.output = None
             return
         supervised.log.write(data)
-        running.last_lines.extend(line for line in data.splitlines() if line.strip())
+        running.last_lines.extend(line[:_LINE_BYTES] for line in data.splitlines() if line.strip())
         if supervised.state.state == "starting":
             for text, progress, stage in supervised.child.stages:
                 if progress > supervised.state.progress and text in data:
@@ -164,26 +188,30 @@ class Supervisor:
     def _on_exit(self, supervised: _Supervised) -> None:
         running = supervised.running
         assert running is not None
-        while running.output in self._selector.get_map():  # what it wrote last
-            before = len(running.last_lines)
+        if running.output is not None:  # what it wrote last: a pipe holds no more than one read takes
             self._on_output(supervised)
-            if len(running.last_lines) == before or before == _LAST_LINES:
-                break
         code = self._reap(supervised)
-        was_ready = running.ready_since is not None
-        steady = running.ready_since is not None and time.monotonic() - running.ready_since > _STEADY_S
-        supervised.num_failed_starts = 0 if was_ready and steady else supervised.num_failed_starts + 1
-        message = f"{_ending(code)} after {time.monotonic() - running.started:.0f} s"
-        never_ready = not was_ready and supervised.num_failed_starts >= self._max_failed_starts
-        if never_ready or code in supervised.child.final_codes:
-            supervised.set_state(state="failed", pid=None, message=message)
-            self._report(supervised, running, f"{message} and is not started again")
+        if running.kill_at is not None:
+            return
+        if running.ready_since is not None and time.monotonic() - running.ready_since > _STEADY_S:
+            supervised.num_short_runs = 0
+        ending = f"{_ending(code)} after {time.monotonic() - running.started:.0f} s"
+        self._after_end(supervised, ending, running.last_lines, is_final=code in supervised.child.final_codes)
+
+    def _after_end(self, supervised: _Supervised, ending: str, last_lines: Iterable[bytes], is_final: bool) -> None:
+        """Start the child again later, or give it up."""
+        supervised.num_short_runs += 1
+        never_ready = not supervised.was_ever_ready and supervised.num_short_runs >= self._max_failed_starts
+        if never_ready or is_final:
+            supervised.set_state(state="failed", pid=None, message=ending)
+            self._report(supervised, f"{ending} and is not started again", last_lines)
             self.gave_up = True
             return
-        backoff_s = min(_FIRST_BACKOFF_S * 2 ** (supervised.num_failed_starts - 1), _LAST_BACKOFF_S)
+        doublings = min(supervised.num_short_runs - 1, _MAX_DOUBLINGS)
+        backoff_s = min(_FIRST_BACKOFF_S * 2**doublings, _LAST_BACKOFF_S)
         supervised.restart_at = time.monotonic() + backoff_s
-        supervised.set_state(state="restarting", pid=None, message=message, restarts=supervised.state.restarts + 1)
-        self._report(supervised, running, f"{message}; it starts again in {backoff_s:g} s")
+        supervised.set_state(state="restarting", pid=None, message=ending, restarts=supervised.state.restarts + 1)
+        self._report(supervised, f"{ending}; it starts again in {backoff_s:g} s", last_lines)
 
     def _reap(self, supervised: _Supervised) -> int:
         """Collect an ended process and what it left; returns its exit code, negative for a signal."""
@@ -191,7 +219,7 @@ class Supervisor:
         assert running is not None
         _, status = os.waitpid(running.pid, 0)
         self._forget(running.pidfd)
-        if running.output in self._selector.get_map():
+        if running.output is not None:
             self._forget(running.output)
         supervised.running = None
         remove_shared_memory(running.pid)
@@ -202,10 +230,11 @@ class Supervisor:
         os.close(descriptor)
 
     @staticmethod
-    def _report(supervised: _Supervised, running: _Running, what: str) -> None:
-        lines = b"\n".join(b"    " + line for line in running.last_lines).decode(errors="replace")
-        print(f"{supervised.child.name} {what}. Its last lines:\n{lines}\n  all of it: {supervised.child.log_file}",
-              file=sys.stderr, flush=True)  # fmt: skip
+    def _report(supervised: _Supervised, what: str, last_lines: Iterable[bytes]) -> None:
+        lines = b"\n".join(b"    " + line for line in last_lines).decode(errors="replace")
+        text = f"{supervised.child.name} {what}. Its last lines:\n{lines}\n  all of it: {supervised.child.log_file}"
+        with contextlib.suppress(OSError):  # a full disk or a closed terminal loses the report, not the others
+            print(text, file=sys.stderr, flush=True)
 
     # --- the loop
 
@@ -218,60 +247,46 @@ class Supervisor:
                 handle(supervised)
 
     def _seconds_to_timer(self) -> float | None:
-        if self._on_tick is not None:
-            return _TICK_S
         due = [s.restart_at for s in self._supervised if s.restart_at is not None]
-        if any(s.state.state == "starting" for s in self._supervised):
-            due.append(time.monotonic() + _PROBE_INTERVAL_S)
+        due += [s.running.probe_at for s in self._supervised if s.running and s.state.state == "starting"]
+        if self._on_tick is not None:
+            due.append(time.monotonic() + _TICK_S)
         return max(0.0, min(due) - time.monotonic()) if due else None
 
     def _run_timers(self) -> None:
         for supervised in self._supervised:
-            if supervised.restart_at is not None and time.monotonic() >= supervised.restart_at:
+            now = time.monotonic()
+            running = supervised.running
+            if supervised.restart_at is not None and now >= supervised.restart_at:
                 self._start(supervised)
-            elif supervised.state.state == "starting" and _answers(supervised.child.ready_url):
-                assert supervised.running is not None
-                supervised.running.ready_since = time.monotonic()
-                supervised.set_state(state="ready", progress=1.0, stage="ready", message="")
+            elif running is not None and supervised.state.state == "starting" and now >= running.probe_at:
+                if _answers(supervised.child.ready_url):
+                    running.ready_since = time.monotonic()
+                    supervised.was_ever_ready = True
+                    supervised.set_state(state="ready", progress=1.0, stage="ready", message="")
+                running.probe_at = time.monotonic() + _PROBE_INTERVAL_S
         if self._on_tick is not None and not self._on_tick():
             self._on_tick = None
 
     def _stop_all(self) -> None:
-        """SIGTERM to all, the last started first; wait; SIGKILL to what is left."""
-        stopping = [s for s in reversed(self._supervised) if s.running is not None]
-        for supervised in stopping:
-            assert supervised.running is not None
-            os.kill(supervised.running.pid, signal.SIGTERM)
-        deadline = time.monotonic() + max((s.child.stop_timeout_s for s in stopping), default=0)
-        for supervised in stopping:
-            self._await_end(supervised, deadline)
+        """SIGTERM to all, the last started first; go on logging while they end; SIGKILL to what does not."""
+        for supervised in reversed(self._supervised):
+            if supervised.running is not None:
+                supervised.running.kill_at = time.monotonic() + supervised.child.stop_timeout_s
+                os.kill(supervised.running.pid, signal.SIGTERM)
+        while stopping := [s.running for s in self._supervised if s.running is not None]:
+            now = time.monotonic()
+            for running in stopping:
+                assert running.kill_at is not None
+                if now >= running.kill_at:
+                    os.kill(running.pid, signal.SIGKILL)
+                    running.kill_at = math.inf
+            first = min(running.kill_at for running in stopping if running.kill_at is not None)
+            self._wait_and_handle(None if first == math.inf else max(0.0, first - now))
         for supervised in self._supervised:
             if supervised.state.state != "failed":
                 supervised.set_state(state="stopped", pid=None)
             supervised.log.close()
-
-    def _await_end(self, supervised: _Supervised, deadline: float) -> None:
-        running = supervised.running
-        assert running is not None
-        ended = selectors.DefaultSelector()
-        ended.register(running.pidfd, selectors.EVENT_READ)
-        if running.output in self._selector.get_map():
-            ended.register(running.output, selectors.EVENT_READ)
-        killed = False
-        while True:
-            ready = {key.fd for key, _ in ended.select(max(0.0, deadline - time.monotonic()))}
-            if running.output in ready:
-                self._on_output(supervised)
-                if running.output not in self._selector.get_map():
-                    ended.unregister(running.output)
-            if running.pidfd in ready:
-                break
-            if not killed and time.monotonic() >= deadline:
-                os.kill(running.pid, signal.SIGKILL)
-                killed = True
-                deadline = time.monotonic() + 10  # a killed process ends; this only bounds the wait for its output
-        ended.close()
-        self._reap(supervised)
 
 
 def _ending(code: int) -> str:
@@ -282,7 +297,7 @@ def _answers(url: str | None) -> bool:
     if url is None:
         return True
     try:
-        with urlopen(url, timeout=1) as response:  # noqa: S310 (our own child's address)
+        with _opener.open(url, timeout=1) as response:
             return bool(response.status == 200)
-    except (URLError, OSError):
+    except (OSError, HTTPException):  # nothing listens, it says no, or what listens speaks no HTTP
         return False

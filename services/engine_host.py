@@ -10,9 +10,10 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from omni.adaptors.vllm import api_server, fork_start
 from omni.deployment.errors import DeploymentError
@@ -20,9 +21,7 @@ from omni.deployment.load import load_plan
 from omni.deployment.plan_types import LaunchPlan, ProcessPlan, Role
 from omni.deployment.run_state import RunFolder
 from omni.process import die_with_parent, name_shared_memory, obey_parent, remove_shared_memory
-from omni.supervisor import Child, Supervisor
-
-logger = logging.getLogger(__name__)
+from omni.supervisor import STOP_SIGNALS, Child, Supervisor
 
 # What vLLM logs on its way up, how far that is, and what it is doing then.
 STAGES = (
@@ -90,9 +89,18 @@ def _serve(engine: ProcessPlan) -> None:
 def _fork(serve: Callable[[], None], output: int) -> int:
     """Run `serve` in a child with `output` as its stdout and stderr; returns the child's pid."""
     parent_pid = os.getpid()
-    pid = os.fork()
-    if pid:
-        return pid
+    # Held back until the child answers them itself: the supervisor's handler would swallow them there.
+    held_back = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        pid = os.fork()
+        if pid:
+            return pid
+        _run_child(serve, output, parent_pid, held_back)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held_back)
+
+
+def _run_child(serve: Callable[[], None], output: int, parent_pid: int, mask: Iterable[int]) -> NoReturn:
     code = 1
     try:
         die_with_parent(parent_pid)
@@ -100,19 +108,30 @@ def _fork(serve: Callable[[], None], output: int) -> int:
         os.dup2(output, 2)
         _close_inherited()
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL)
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         name_shared_memory()
         serve()
         code = 0
     except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 1
+        code = _exit_code(stop)
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)  # whatever happens: what is below on the stack is the supervisor's
+
+
+def _exit_code(stop: SystemExit) -> int:
+    if stop.code is None or isinstance(stop.code, int):
+        return stop.code or 0
+    print(stop.code, file=sys.stderr)
+    return 1
 
 
 def _close_inherited() -> None:

@@ -18,8 +18,19 @@ def run_demo(plan: LaunchPlan, console: Console) -> None:
     """Stream one chat completion through the proxy and print it as it comes.
 
     Raises:
-        DeploymentError: the proxy answered with an error.
+        DeploymentError: the proxy answered with an error, or not to the end.
     """
+    address = urlsplit(plan.proxy.url)
+    connection = http.client.HTTPConnection(str(address.hostname), address.port, timeout=_TIMEOUT_S)
+    try:
+        _stream(plan, connection, console)
+    except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
+        raise DeploymentError(f"{plan.proxy.url} did not answer to the end: {error!r}") from error
+    finally:
+        connection.close()
+
+
+def _stream(plan: LaunchPlan, connection: http.client.HTTPConnection, console: Console) -> None:
     body = {
         "model": plan.served_model_name,
         "messages": [{"role": "user", "content": QUESTION}],
@@ -35,8 +46,6 @@ def run_demo(plan: LaunchPlan, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    address = urlsplit(plan.proxy.url)
-    connection = http.client.HTTPConnection(str(address.hostname), address.port, timeout=_TIMEOUT_S)
     start = time.monotonic()
     connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
     response = connection.getresponse()
@@ -46,9 +55,13 @@ def run_demo(plan: LaunchPlan, console: Console) -> None:
     num_tokens = num_prompt_tokens = 0
     for line in response:
         data = line.removeprefix(b"data: ").strip()
-        if not data or data == b"[DONE]":
+        if data == b"[DONE]":
+            break
+        if not data:
             continue
         event = json.loads(data)
+        if "error" in event:
+            raise DeploymentError(f"the stream ended with an error: {event['error']}")
         if event.get("usage"):
             num_tokens = event["usage"]["completion_tokens"]
             num_prompt_tokens = event["usage"]["prompt_tokens"]
@@ -56,7 +69,8 @@ def run_demo(plan: LaunchPlan, console: Console) -> None:
             if text := choice["delta"].get("content"):
                 arrivals.append(time.monotonic())
                 console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
-    connection.close()
+    else:
+        raise DeploymentError("the stream ended without [DONE]")
     if len(arrivals) < 2:
         raise DeploymentError("the stream ended before two tokens had come")
     ttft_s = arrivals[0] - start

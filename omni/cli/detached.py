@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from rich.console import Console
 
@@ -17,6 +18,8 @@ _READY_TIMEOUT_S = 900.0  # large models load for minutes; an engine that fails 
 def start(plan: LaunchPlan, console: Console) -> None:
     """Returns when every process is ready.
 
+    Whoever waits no longer (Ctrl-C) stops what was started.
+
     Raises:
         DeploymentError: it is running already, or the launcher ended; the message has the end of its log.
     """
@@ -28,17 +31,24 @@ def start(plan: LaunchPlan, console: Console) -> None:
         launcher = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
-    deadline = time.monotonic() + _READY_TIMEOUT_S
-    with StartProgress(folder, tuple(p.name for p in plan.processes), console) as progress:
-        while progress.update():
-            if launcher.poll() is not None:
-                end = log_file.read_text(errors="replace")[-3000:]
-                raise DeploymentError(f"{plan.name} did not start:\n{end}\n(all of it: {log_file})")
-            if time.monotonic() > deadline:
-                launcher.terminate()
-                launcher.wait(timeout=60)
-                raise DeploymentError(
-                    f"{plan.name} was not ready after {_READY_TIMEOUT_S:.0f} s; see {log_file.parent}"
-                )
-            time.sleep(0.1)
+    try:
+        with StartProgress(folder, tuple(p.name for p in plan.processes), console) as progress:
+            _wait_until_ready(plan, progress, launcher, log_file)
+    except BaseException:
+        launcher.terminate()
+        launcher.wait(timeout=60)
+        raise
     launcher.returncode = 0  # it goes on by itself: Popen must neither wait for it nor warn
+
+
+def _wait_until_ready(
+    plan: LaunchPlan, progress: StartProgress, launcher: "subprocess.Popen[bytes]", log_file: Path
+) -> None:
+    deadline = time.monotonic() + _READY_TIMEOUT_S
+    while progress.update():
+        if launcher.poll() is not None:
+            end = log_file.read_text(errors="replace")[-3000:]
+            raise DeploymentError(f"{plan.name} did not start:\n{end}\n(all of it: {log_file})")
+        if time.monotonic() > deadline:
+            raise DeploymentError(f"{plan.name} was not ready after {_READY_TIMEOUT_S:.0f} s; see {log_file.parent}")
+        time.sleep(0.1)

@@ -43,8 +43,13 @@ def clear_errors(command: Callable[P, R]) -> Callable[P, R]:
         try:
             return command(*args, **kwargs)
         except DeploymentError as error:
-            errors.print(str(error), style="red", markup=False, highlight=False)
-            raise typer.Exit(2) from None
+            message = str(error)
+        except BrokenPipeError:  # the reader of our output has left
+            raise
+        except OSError as error:  # a file, folder or disk that we cannot use
+            message = str(error)
+        errors.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2)
 
     return wrapped
 
@@ -146,7 +151,7 @@ def demo(config: Config = Path("configs/demo.yaml")) -> None:
     try:
         run_demo(launch_plan, console)
     finally:
-        running.stop(running.find(launch_plan.name))
+        running.stop_all(launch_plan.name)
     console.print("stopped")
 
 

@@ -3,14 +3,18 @@
 import os
 import signal
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from typing import BinaryIO
 
 import psutil
 
 from omni.deployment.errors import DeploymentError
 from omni.deployment.run_state import DeploymentState, ProcessState, RunFolder, running_deployments
+from omni.process import start_ticks
 
 _STOP_TIMEOUT_S = 45.0
+_FOLLOW_INTERVAL_S = 0.3
 
 
 def find(name: str | None) -> DeploymentState:
@@ -34,7 +38,14 @@ def find(name: str | None) -> DeploymentState:
 def process_states(deployment: DeploymentState) -> list[ProcessState]:
     """One state for each process of the plan, in its order; "starting" for those not begun."""
     states = RunFolder.of(deployment.name).processes()
-    return [states.get(name, ProcessState(name=name)) for name in deployment.process_names]
+    return [_present(states.get(name, ProcessState(name=name))) for name in deployment.process_names]
+
+
+def _present(state: ProcessState) -> ProcessState:
+    """A killed engine host cannot write that its engines ended with it."""
+    if state.pid is None or start_ticks(state.pid) is not None:
+        return state
+    return state.changed(state="restarting", pid=None, message="ended with its supervisor")
 
 
 def stop(deployment: DeploymentState) -> None:
@@ -56,6 +67,13 @@ def stop(deployment: DeploymentState) -> None:
     psutil.wait_procs(descendants, timeout=5)
 
 
+def stop_all(name: str) -> None:
+    """Stop the deployment of that name if it runs."""
+    for deployment in running_deployments():
+        if deployment.name == name:
+            stop(deployment)
+
+
 def log_file(deployment: DeploymentState, name: str) -> Path:
     """Raises DeploymentError when the deployment has no such process."""
     path = Path(deployment.log_folder) / f"{name}.log"
@@ -67,29 +85,58 @@ def log_file(deployment: DeploymentState, name: str) -> Path:
 
 def follow(paths: dict[str, Path], *, num_lines: int, forever: bool) -> None:
     """Print the last lines of each log and, on request, what is added; through rotation."""
-    positions: dict[str, tuple[int, int]] = {}
-    for name, path in paths.items():
-        data = path.read_bytes()
-        _print_lines(name if len(paths) > 1 else "", data.splitlines()[-num_lines:])
-        positions[name] = (path.stat().st_ino, len(data))
-    while forever:
-        time.sleep(0.3)
-        for name, path in paths.items():
-            inode, position = positions[name]
-            try:
-                now = os.stat(path)
-            except FileNotFoundError:  # between two steps of a rotation
-                continue
-            start = position if now.st_ino == inode else 0
-            if now.st_size > start:
-                with path.open("rb") as file:
-                    file.seek(start)
-                    data = file.read(now.st_size - start)
-                _print_lines(name if len(paths) > 1 else "", data.splitlines())
-            positions[name] = (now.st_ino, now.st_size)
+    with ExitStack() as stack:
+        tails = [_Tail(path, f"{name}: " if len(paths) > 1 else "") for name, path in paths.items()]
+        for tail in tails:
+            stack.callback(tail.close)
+            tail.print_last(num_lines)
+            if not forever:
+                tail.print_unfinished()
+        while forever:
+            time.sleep(_FOLLOW_INTERVAL_S)
+            for tail in tails:
+                tail.print_new()
 
 
-def _print_lines(name: str, lines: list[bytes]) -> None:
-    prefix = f"{name}: " if name else ""
-    for line in lines:
-        print(prefix + line.decode(errors="replace"), flush=True)
+class _Tail:
+    """A log that is read as it grows; held open, so that nothing is missed when it is renamed."""
+
+    def __init__(self, path: Path, prefix: str) -> None:
+        self._path = path
+        self._prefix = prefix
+        self._file: BinaryIO = path.open("rb")
+        self._unfinished = b""  # a line whose end has not been written yet
+
+    def print_last(self, num_lines: int) -> None:
+        *lines, self._unfinished = self._file.read().split(b"\n")
+        self._print(lines[-num_lines:] if num_lines else [])
+
+    def print_new(self) -> None:
+        while True:
+            newer = self._newer_file()  # looked for before the rest of this one is read: then that rest is whole
+            *lines, self._unfinished = (self._unfinished + self._file.read()).split(b"\n")
+            self._print(lines)
+            if newer is None:
+                return
+            self._file.close()
+            self._file = newer
+
+    def print_unfinished(self) -> None:
+        if self._unfinished:
+            self._print([self._unfinished])
+
+    def _newer_file(self) -> BinaryIO | None:
+        """The log that took this one's name in a rotation."""
+        try:
+            if os.path.samestat(self._path.stat(), os.fstat(self._file.fileno())):
+                return None
+            return self._path.open("rb")
+        except FileNotFoundError:  # between two steps of the rotation
+            return None
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _print(self, lines: list[bytes]) -> None:
+        for line in lines:
+            print(self._prefix + line.decode(errors="replace").rstrip("\r\n"), flush=True)

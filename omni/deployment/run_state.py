@@ -1,18 +1,24 @@
 """What is running: a folder for each deployment, a small JSON file for each of its processes.
 
-Supervisors write, the command line reads. Files are replaced whole; a reader never sees half of one.
+Supervisors write, the command line reads. Files are replaced whole; a reader never sees half of one. A file that cannot
+be read, of another version or of a machine that crashed, counts as none.
 """
 
-import json
+import fcntl
 import os
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
-import psutil
+import msgspec
+
+from omni.process import start_ticks
+
+T = TypeVar("T")
 
 State = Literal["starting", "ready", "restarting", "failed", "stopped"]
 
@@ -47,16 +53,11 @@ class DeploymentState:
     served_model_name: str
     process_names: tuple[str, ...]
     launcher_pid: int
-    launcher_start_unix_s: float  # tells the launcher from a later process with its pid
+    launcher_start_ticks: int | None  # tells the launcher from a later process with its pid
 
     @property
     def is_running(self) -> bool:
-        try:
-            launcher = psutil.Process(self.launcher_pid)
-            same = abs(launcher.create_time() - self.launcher_start_unix_s) < 1
-            return same and launcher.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
+        return start_ticks(self.launcher_pid) == self.launcher_start_ticks is not None
 
 
 class RunFolder:
@@ -70,42 +71,36 @@ class RunFolder:
         return cls(state_folder() / deployment_name)
 
     def write_deployment(self, state: DeploymentState) -> None:
-        self._write("deployment.json", asdict(state))
+        self._write("deployment.json", state)
 
     def deployment(self) -> DeploymentState | None:
-        content = self._read("deployment.json")
-        if content is None:
-            return None
-        names = content.pop("process_names")
-        return DeploymentState(process_names=tuple(names), **content)  # type: ignore[arg-type]
+        return self._read("deployment.json", DeploymentState)
 
     def write(self, state: ProcessState) -> None:
-        self._write(f"{state.name}.process.json", asdict(state))
+        self._write(f"{state.name}.process.json", state)
 
     def processes(self) -> dict[str, ProcessState]:
-        states = {}
-        for path in sorted(self.path.glob("*.process.json")):
-            content = self._read(path.name)
-            if content is not None:
-                state = ProcessState(**content)  # type: ignore[arg-type]
-                states[state.name] = state
-        return states
+        try:
+            names = sorted(os.listdir(self.path))
+        except FileNotFoundError:
+            return {}
+        states = (self._read(name, ProcessState) for name in names if name.endswith(".process.json"))
+        return {state.name: state for state in states if state is not None}
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
 
-    def _write(self, name: str, content: dict[str, object]) -> None:
+    def _write(self, name: str, state: DeploymentState | ProcessState) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         temporary = self.path / f".{name}.{os.getpid()}"
-        temporary.write_text(json.dumps(content))
+        temporary.write_bytes(msgspec.json.encode(state))
         temporary.replace(self.path / name)
 
-    def _read(self, name: str) -> dict[str, object] | None:
+    def _read(self, name: str, kind: type[T]) -> T | None:
         try:
-            content: dict[str, object] = json.loads((self.path / name).read_text())
-        except FileNotFoundError:
+            return msgspec.json.decode((self.path / name).read_bytes(), type=kind)
+        except (FileNotFoundError, NotADirectoryError, msgspec.DecodeError):
             return None
-        return content
 
 
 def state_folder() -> Path:
@@ -122,3 +117,12 @@ def running_deployments() -> Iterator[DeploymentState]:
         state = RunFolder(path).deployment()
         if state is not None and state.is_running:
             yield state
+
+
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """For looking whether a deployment runs and taking its place: no other process does so meanwhile."""
+    state_folder().mkdir(parents=True, exist_ok=True)
+    with (state_folder() / ".lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -21,6 +21,7 @@ import multiprocessing
 import multiprocessing.context
 import os
 import socket
+import stat
 import sys
 from pathlib import Path
 from typing import Any
@@ -124,15 +125,16 @@ def bind_threads() -> None:
 
 def _close_listening_sockets() -> None:
     """Let go of the api server's port: it must be free as soon as the api server is gone."""
-    for name in os.listdir("/proc/self/fd"):
+    for descriptor in map(int, os.listdir("/proc/self/fd")):
         try:
-            duplicate = socket.socket(fileno=os.dup(int(name)))
-        except OSError:  # no socket, or the descriptor of the listing itself
+            is_socket = stat.S_ISSOCK(os.fstat(descriptor).st_mode)
+        except OSError:  # the descriptor of the listing itself
             continue
-        with duplicate:
-            internet = duplicate.family in (socket.AF_INET, socket.AF_INET6)
-            if internet and duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                os.close(int(name))
+        if is_socket:
+            with socket.socket(fileno=os.dup(descriptor)) as duplicate:
+                internet = duplicate.family in (socket.AF_INET, socket.AF_INET6)
+                if internet and duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                    os.close(descriptor)
 
 
 class _ForkProcess(multiprocessing.context.ForkProcess):

@@ -5,12 +5,10 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import psutil
-
 from omni.deployment.errors import DeploymentError
 from omni.deployment.plan_types import LaunchPlan
-from omni.deployment.run_state import DeploymentState, RunFolder
-from omni.process import parent_environment, remove_shared_memory
+from omni.deployment.run_state import DeploymentState, RunFolder, one_at_a_time
+from omni.process import parent_environment, remove_shared_memory, start_ticks
 from omni.supervisor import Child, Supervisor
 
 ENGINE_HOST = "engine_host"
@@ -25,9 +23,8 @@ def serve(plan: LaunchPlan, *, on_tick: Callable[[], bool] | None = None) -> int
     Raises:
         DeploymentError: a deployment of that name is running.
     """
-    folder = claim_folder(plan)
+    folder = claim_folder(plan, state=_state(plan))
     remove_shared_memory()
-    folder.write_deployment(_state(plan))
     log_folder = plan.proxy.log_file.parent
     engine_host = Child(
         name=ENGINE_HOST,
@@ -49,20 +46,23 @@ def serve(plan: LaunchPlan, *, on_tick: Callable[[], bool] | None = None) -> int
         folder.remove()
 
 
-def claim_folder(plan: LaunchPlan) -> RunFolder:
-    """The deployment's run folder, emptied of what a killed launcher left there.
+def claim_folder(plan: LaunchPlan, *, state: DeploymentState | None = None) -> RunFolder:
+    """The deployment's run folder, emptied of what a killed launcher left there, and with `state` in it.
 
     Raises:
         DeploymentError: a deployment of that name is running.
     """
     folder = RunFolder.of(plan.name)
-    earlier = folder.deployment()
-    if earlier is not None and earlier.is_running:
-        raise DeploymentError(
-            f"deployment {plan.name!r} is running already (pid {earlier.launcher_pid}): "
-            f"`omni_cli stop {plan.name}` first, or give this one another `name`"
-        )
-    folder.remove()
+    with one_at_a_time():
+        earlier = folder.deployment()
+        if earlier is not None and earlier.is_running:
+            raise DeploymentError(
+                f"deployment {plan.name!r} is running already (pid {earlier.launcher_pid}): "
+                f"`omni_cli stop {plan.name}` first, or give this one another `name`"
+            )
+        folder.remove()
+        if state is not None:
+            folder.write_deployment(state)
     return folder
 
 
@@ -75,7 +75,7 @@ def _state(plan: LaunchPlan) -> DeploymentState:
         served_model_name=plan.served_model_name,
         process_names=tuple(process.name for process in plan.processes),
         launcher_pid=os.getpid(),
-        launcher_start_unix_s=psutil.Process().create_time(),
+        launcher_start_ticks=start_ticks(os.getpid()),
     )
 
 

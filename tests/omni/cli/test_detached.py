@@ -1,0 +1,139 @@
+"""A start in the background: it waits for readiness, and leaves nothing behind when it fails."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from rich.console import Console
+
+from omni.cli import detached
+from omni.cli.progress import StartProgress
+from omni.deployment.errors import DeploymentError
+from omni.deployment.plan_types import LaunchPlan
+from omni.deployment.run_state import ProcessState, RunFolder
+from tests.omni.cli.launchers import launcher_script, plan_of, running, writes_ready_states
+
+TIMEOUT_S = 30
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> LaunchPlan:
+    return plan_of(tmp_path)
+
+
+def start(plan: LaunchPlan) -> str:
+    output = io.StringIO()
+    detached.start(plan, Console(file=output, width=200))
+    return output.getvalue()
+
+
+def use_launcher(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
+    monkeypatch.setattr(sys, "executable", str(launcher_script(folder, body=body)))
+
+
+def pid_in(folder: Path) -> int:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not (folder / "pid").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return int((folder / "pid").read_text())
+
+
+def test_the_launcher_goes_on_by_itself(plan: LaunchPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_launcher(tmp_path, monkeypatch, f"echo $@\n{writes_ready_states(plan)}\nexec sleep 1000")
+    output = start(plan)
+    pid = pid_in(tmp_path)
+    assert os.getsid(pid) == pid, "Ctrl-C in this terminal is not for it"
+    assert os.waitpid(pid, os.WNOHANG) == (0, 0)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert [line.split(" ready after ")[0] for line in output.splitlines()] == [p.name for p in plan.processes]
+    assert (tmp_path / "logs" / "launcher.log").read_text() == f"-m omni.cli.main serve --quiet {plan.config_file}\n"
+
+
+def test_what_a_killed_launcher_left_is_not_taken_for_ready(
+    plan: LaunchPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for process in plan.processes:
+        RunFolder.of(plan.name).write(ProcessState(name=process.name, state="ready"))
+    use_launcher(tmp_path, monkeypatch, "exit 3")
+    with pytest.raises(DeploymentError, match="trial did not start"):
+        start(plan)
+
+
+def test_a_launcher_that_fails_shows_its_last_lines(plan: LaunchPlan, tmp_path: Path) -> None:
+    """The real one, with a file that it refuses."""
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("deployment: 5\n")
+    with pytest.raises(DeploymentError) as caught:
+        start(replace(plan, config_file=bad))
+    first, *said, last = str(caught.value).splitlines()
+    assert first == "trial did not start:"
+    assert any(line.startswith("deployment: ") for line in said)
+    assert last == f"(all of it: {tmp_path}/logs/launcher.log)"
+    assert "Traceback" not in str(caught.value)
+
+
+def test_one_that_runs_already(plan: LaunchPlan) -> None:
+    with (
+        running(plan) as deployment,
+        pytest.raises(DeploymentError, match=rf"'trial' is running already \(pid {deployment.launcher_pid}\).*stop"),
+    ):
+        start(plan)
+
+
+def test_not_ready_in_time(plan: LaunchPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_launcher(tmp_path, monkeypatch, "exec sleep 1000")
+    monkeypatch.setattr(detached, "_READY_TIMEOUT_S", 0.2)
+    with pytest.raises(DeploymentError, match=r"trial was not ready after 0 s; see .*/logs"):
+        start(plan)
+    assert not psutil.pid_exists(pid_in(tmp_path))
+
+
+def test_ctrl_c_while_it_starts_stops_it(plan: LaunchPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_launcher(tmp_path, monkeypatch, "exec sleep 1000")
+
+    def interrupted(progress: StartProgress) -> bool:
+        pid_in(tmp_path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(StartProgress, "update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        start(plan)
+    assert not psutil.pid_exists(pid_in(tmp_path))
+
+
+def test_a_second_start_at_the_same_time_is_refused(plan: LaunchPlan, tmp_path: Path) -> None:
+    """Many launchers claim one name; exactly one has it afterwards, and its state is still there."""
+    claim = (
+        "import sys, time; from pathlib import Path; from omni.deployment.backends import local; "
+        "from tests.omni.cli.launchers import plan_of; plan = plan_of(Path(sys.argv[1])); sys.stdin.readline()\n"
+        "try:\n    local.claim_folder(plan, state=local._state(plan))\n"
+        "except ValueError:\n    print('refused', flush=True)\n"
+        "else:\n    print('mine', flush=True)\nsys.stdin.read()"
+    )
+    claimants = []
+    for number in range(4):
+        (tmp_path / str(number)).mkdir()
+        command = [sys.executable, "-c", claim, str(tmp_path / str(number))]
+        claimants.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+    try:
+        for claimant in claimants:
+            assert claimant.stdin is not None
+            claimant.stdin.write("go\n")
+            claimant.stdin.flush()
+        said = [claimant.stdout.readline().strip() for claimant in claimants if claimant.stdout is not None]
+        assert sorted(said) == ["mine", "refused", "refused", "refused"]
+        state = RunFolder.of("trial").deployment()
+        assert state is not None
+        assert state.launcher_pid == claimants[said.index("mine")].pid
+    finally:
+        for claimant in claimants:
+            claimant.communicate()
