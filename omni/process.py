@@ -1,9 +1,11 @@
-"""What a process of ours does about its parent, its signals and what it leaves in shared memory."""
+"""What a process of ours does about its parent, and about what it leaves behind when it is killed."""
 
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
+import tempfile
 from multiprocessing import shared_memory
 from pathlib import Path
 
@@ -50,20 +52,38 @@ def start_ticks(pid: int) -> int | None:
     return None if state in ("Z", "X") else int(numbers[18])
 
 
-def name_shared_memory() -> None:
-    """Have all that this process and its forks create in /dev/shm bear its pid, so that it can be found afterwards."""
-    prefix = f"/{_prefix(os.getpid())}"
-    shared_memory._SHM_NAME_PREFIX = prefix  # type: ignore[attr-defined]
-    shared_memory._SHM_SAFE_NAME_LENGTH = len(prefix) + 12  # type: ignore[attr-defined]
+def mark_traces() -> None:
+    """Have what this process and its forks leave in /dev/shm and the temporary folder be found by its pid.
+
+    vLLM's files in /dev/shm have random names. Those that Python makes get a prefix here. Those of tensor-parallel
+    workers are named after a file in the temporary folder, so that becomes a folder of this process's own.
+    """
+    prefix = _prefix(os.getpid())
+    shared_memory._SHM_NAME_PREFIX = f"/{prefix}"  # type: ignore[attr-defined]
+    shared_memory._SHM_SAFE_NAME_LENGTH = len(prefix) + 13  # type: ignore[attr-defined]
+    folder = Path(tempfile.gettempdir(), prefix)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    tempfile.tempdir = str(folder)
 
 
-def remove_shared_memory(pid: int | None = None) -> None:
-    """Remove what a dead process left in /dev/shm; without a pid, what any dead process of ours left."""
-    for path in _SHARED_MEMORY.glob(f"{_prefix('*' if pid is None else pid)}*"):
+def remove_traces(pid: int | None = None) -> None:
+    """Remove what a dead process left; without a pid, what any dead process of ours left."""
+    pattern = f"{_prefix('*' if pid is None else pid)}*"
+    for path in [*_SHARED_MEMORY.glob(pattern), *Path(tempfile.gettempdir()).glob(pattern)]:
         owner = path.name.split("_")[2]
         if owner.isdigit() and (pid is not None or not Path("/proc", owner).exists()):
             with contextlib.suppress(PermissionError):  # another user's
-                path.unlink(missing_ok=True)
+                _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    for store in path.glob("vllm_dist_*"):
+        for shared in _SHARED_MEMORY.glob(f"{store.name}-*"):
+            shared.unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _prefix(pid: int | str) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from urllib.request import ProxyHandler, build_opener
 
 from omni.deployment.run_state import ProcessState, RunFolder
-from omni.process import remove_shared_memory
+from omni.process import remove_traces
 from omni.rotating_log import RotatingLog
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # unless ignored, as under nohup
@@ -222,7 +222,7 @@ class Supervisor:
         if running.output is not None:
             self._forget(running.output)
         supervised.running = None
-        remove_shared_memory(running.pid)
+        remove_traces(running.pid)
         return os.waitstatus_to_exitcode(status)
 
     def _forget(self, descriptor: int) -> None:

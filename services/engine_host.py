@@ -20,7 +20,7 @@ from omni.deployment.errors import DeploymentError
 from omni.deployment.load import load_plan
 from omni.deployment.plan_types import LaunchPlan, ProcessPlan, Role
 from omni.deployment.run_state import RunFolder
-from omni.process import die_with_parent, name_shared_memory, obey_parent, remove_shared_memory
+from omni.process import die_with_parent, mark_traces, obey_parent, remove_traces
 from omni.supervisor import STOP_SIGNALS, Child, Supervisor
 
 # What vLLM logs on its way up, how far that is, and what it is doing then.
@@ -53,7 +53,7 @@ def main(role: Role | None = None) -> int:
 
 def run(plan: LaunchPlan, engines: tuple[ProcessPlan, ...]) -> int:
     """Supervise these engines until SIGTERM; returns the exit code."""
-    remove_shared_memory()
+    remove_traces()
     eager = all("--enforce-eager" in engine.command for engine in engines)
     fork_start.exec_with(fork_start.exec_environment(eager=eager))
     folder = RunFolder.of(plan.name)
@@ -112,7 +112,7 @@ def _run_child(serve: Callable[[], None], output: int, parent_pid: int, mask: It
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        name_shared_memory()
+        mark_traces()
         serve()
         code = 0
     except SystemExit as stop:

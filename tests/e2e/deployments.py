@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -168,8 +169,11 @@ def deployed(
             name, servers["proxy"][0], servers["prefill"], servers["decode"], "test-model", folder / "logs", env
         )
     finally:
+        pids = [p["pid"] for p in json.loads(omni_cli(env, "status", "--json").stdout)["processes"]]
         stopped = omni_cli(env, "stop", name)
         assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+        for folder in (Path("/dev/shm"), Path(tempfile.gettempdir())):  # noqa: S108
+            assert not [path for pid in pids for path in folder.glob(f"omni_*_{pid}_*")]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from omni import process
-from omni.process import die_with_parent, obey_parent, parent_environment, remove_shared_memory, start_ticks
+from omni.process import die_with_parent, obey_parent, parent_environment, remove_traces, start_ticks
 
 TIMEOUT_S = 30
 CHILD_THAT_OBEYS = """
@@ -30,9 +30,9 @@ subprocess.Popen([sys.executable, "-c", sys.argv[1]], env=environment).wait()
 LEAVES_SHARED_MEMORY = """
 import os
 from multiprocessing import resource_tracker, shared_memory
-from omni.process import name_shared_memory
+from omni.process import mark_traces
 resource_tracker.register = lambda *args: None
-name_shared_memory()
+mark_traces()
 first = shared_memory.SharedMemory(create=True, size=8)
 if os.fork():
     os.wait()
@@ -121,8 +121,27 @@ def test_shared_memory_of_a_dead_process_is_found_and_removed() -> None:
     pid = int(done.stdout)
     own = list(Path("/dev/shm").glob(f"omni_*_{pid}_*"))  # noqa: S108
     assert len(own) == 2, "one by the process, one by its fork"
-    remove_shared_memory(pid)
+    remove_traces(pid)
     assert not any(path.exists() for path in own)
+
+
+def test_the_temporary_folder_goes_with_what_is_named_after_its_files() -> None:
+    script = (
+        "import os, pathlib, tempfile; from omni.process import mark_traces; mark_traces()\n"
+        "folder = tempfile.gettempdir(); pathlib.Path(folder, 'vllm_dist_' + os.urandom(8).hex()).touch()\n"
+        "print(os.getpid(), folder, *os.listdir(folder))"
+    )
+    pid, folder, store = run_python(script).stdout.split()
+    shared, other = (Path("/dev/shm", name) for name in (f"{store}-tp:0-cpushm_0", f"{store}0"))  # noqa: S108
+    try:
+        for path in (shared, other):
+            path.touch()
+        remove_traces(int(pid))
+        assert not Path(folder).exists()
+        assert not shared.exists()
+        assert other.exists()
+    finally:
+        other.unlink()
 
 
 @pytest.fixture
@@ -150,7 +169,7 @@ def test_only_the_dead_lose_their_shared_memory(shared_memory: Path, dead_pid: i
     ]
     for name in (*dead, *kept):
         (shared_memory / name).touch()
-    remove_shared_memory()
+    remove_traces()
     assert sorted(path.name for path in shared_memory.iterdir()) == sorted(kept)
 
 
@@ -158,7 +177,7 @@ def test_one_pid_is_not_another_that_begins_alike(shared_memory: Path) -> None:
     namespace = os.stat("/proc/self/ns/pid").st_ino
     for pid in (12, 123):
         (shared_memory / f"omni_{namespace}_{pid}_a").touch()
-    remove_shared_memory(12)
+    remove_traces(12)
     assert [path.name for path in shared_memory.iterdir()] == [f"omni_{namespace}_123_a"]
 
 
@@ -170,4 +189,4 @@ def test_what_another_user_left_is_no_obstacle(
 
     (shared_memory / f"omni_{os.stat('/proc/self/ns/pid').st_ino}_{dead_pid}_1").touch()
     monkeypatch.setattr(Path, "unlink", refuse)
-    remove_shared_memory()
+    remove_traces()

@@ -8,7 +8,7 @@ from functools import partial
 from omni.deployment.errors import DeploymentError
 from omni.deployment.plan_types import LaunchPlan
 from omni.deployment.run_state import DeploymentState, RunFolder, one_at_a_time
-from omni.process import parent_environment, remove_shared_memory, start_ticks
+from omni.process import parent_environment, remove_traces, start_ticks
 from omni.supervisor import Child, Supervisor
 
 ENGINE_HOST = "engine_host"
@@ -24,7 +24,7 @@ def serve(plan: LaunchPlan, *, on_tick: Callable[[], bool] | None = None) -> int
         DeploymentError: a deployment of that name is running.
     """
     folder = claim_folder(plan, state=_state(plan))
-    remove_shared_memory()
+    remove_traces()
     log_folder = plan.proxy.log_file.parent
     engine_host = Child(
         name=ENGINE_HOST,
@@ -42,7 +42,7 @@ def serve(plan: LaunchPlan, *, on_tick: Callable[[], bool] | None = None) -> int
     try:
         return Supervisor([engine_host, proxy], folder, on_tick=on_tick).run()
     finally:
-        remove_shared_memory()
+        remove_traces()
         folder.remove()
 
 
