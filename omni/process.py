@@ -57,12 +57,16 @@ def mark_traces() -> None:
 
     vLLM's files in /dev/shm have random names. Those that Python makes get a prefix here. Those of tensor-parallel
     workers are named after a file in the temporary folder, so that becomes a folder of this process's own.
+
+    Raises:
+        FileExistsError: another user has made that folder.
     """
+    remove_traces(os.getpid())  # of an earlier process with this pid
     prefix = _prefix(os.getpid())
     shared_memory._SHM_NAME_PREFIX = f"/{prefix}"  # type: ignore[attr-defined]
     shared_memory._SHM_SAFE_NAME_LENGTH = len(prefix) + 13  # type: ignore[attr-defined]
     folder = Path(tempfile.gettempdir(), prefix)
-    folder.mkdir(mode=0o700, exist_ok=True)
+    folder.mkdir(mode=0o700)
     tempfile.tempdir = str(folder)
 
 

@@ -112,12 +112,10 @@ class _Tail:
         self._print(lines[-num_lines:] if num_lines else [])
 
     def print_new(self) -> None:
-        while True:
-            newer = self._newer_file()  # looked for before the rest of this one is read: then that rest is whole
-            *lines, self._unfinished = (self._unfinished + self._file.read()).split(b"\n")
-            self._print(lines)
-            if newer is None:
-                return
+        newer = self._newer_file()  # looked for before the rest of this one is read: then that rest is whole
+        *lines, self._unfinished = (self._unfinished + self._file.read()).split(b"\n")
+        self._print(lines)
+        if newer is not None:
             self._file.close()
             self._file = newer
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -144,10 +145,44 @@ def test_the_temporary_folder_goes_with_what_is_named_after_its_files() -> None:
         other.unlink()
 
 
+PLANTS_A_FOLDER = """
+import os, tempfile
+from pathlib import Path
+from omni import process
+folder = Path(tempfile.gettempdir(), process._prefix(os.getpid()))
+{plant}
+try:
+    process.mark_traces()
+except FileExistsError:
+    print("refused")
+else:
+    print(os.listdir(folder), oct(folder.stat().st_mode & 0o777))
+    folder.rmdir()
+"""
+
+
+def test_a_folder_of_an_earlier_process_with_this_pid_is_emptied() -> None:
+    script = PLANTS_A_FOLDER.format(plant="folder.mkdir(); (folder / 'vllm_dist_old').touch()")
+    assert run_python(script).stdout == "[] 0o700\n"
+
+
+def test_a_folder_that_another_user_planted_is_not_used(tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "file").touch()
+    done = run_python(PLANTS_A_FOLDER.format(plant=f"folder.symlink_to({str(theirs)!r})") + "folder.unlink()")
+    assert done.stdout == "refused\n"
+    assert (theirs / "file").exists()
+
+
 @pytest.fixture
 def shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setattr(process, "_SHARED_MEMORY", tmp_path)
-    return tmp_path
+    folder, temporary = tmp_path / "shm", tmp_path / "tmp"
+    folder.mkdir()
+    temporary.mkdir()
+    monkeypatch.setattr(process, "_SHARED_MEMORY", folder)
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    return folder
 
 
 @pytest.fixture

@@ -150,10 +150,12 @@ def trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Trial]:
     """Fails when the supervisor leaves a process, a descriptor or a handler behind."""
     monkeypatch.setattr(supervisor_module, "_TICK_S", 0.01)
     monkeypatch.setattr(supervisor_module, "_FIRST_BACKOFF_S", 0.02)
+    children = psutil.Process().children()  # of other tests
     descriptors = sorted(os.listdir("/proc/self/fd"))
     handlers = [signal.getsignal(number) for number in supervisor_module.STOP_SIGNALS]
     yield Trial(tmp_path)
-    assert psutil.Process().children() == []
+    assert signal.set_wakeup_fd(-1) == -1
+    assert psutil.Process().children() == children
     assert sorted(os.listdir("/proc/self/fd")) == descriptors
     assert [signal.getsignal(number) for number in supervisor_module.STOP_SIGNALS] == handlers
 
@@ -194,6 +196,7 @@ def test_ready_by_url_through_stages(
     [
         (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", True),
         (b"HTTP/1.1 503 No\r\nContent-Length: 0\r\n\r\n", False),
+        (b"HTTP/1.1 204 No Content\r\n\r\n", False),
         (b"220 mail.example.org ESMTP\r\n", False),  # something else listens there
         (b"", False),
     ],
@@ -364,8 +367,14 @@ def test_a_grandchild_that_keeps_the_pipe_open(trial: Trial) -> None:
 
 
 def test_the_last_words_reach_the_log(trial: Trial) -> None:
-    child = trial.child("a", shell("head -c 65000 /dev/zero; echo last words; exit 3"), final_codes=(3,))
-    assert trial.run([child]) == 1
+    """Even if the child ended before it was watched, so that its end is seen first."""
+
+    def start(output: int) -> int:
+        pid = shell("head -c 65000 /dev/zero; echo last words; exit 3")(output)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        return pid
+
+    assert trial.run([trial.child("a", start, final_codes=(3,))]) == 1
     assert trial.log().endswith("last words\n")
 
 

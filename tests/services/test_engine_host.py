@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from omni.process import remove_traces
 from services import engine_host
 from tests.omni.deployment.samples import content, model_folder, planned, put
 
@@ -20,6 +21,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 FORKS_AND_RAISES = """
 import os, sys
+from omni.process import remove_traces
 from services import engine_host
 def serve():
     {body}
@@ -28,7 +30,9 @@ pid = engine_host._fork(serve, writer)
 os.close(writer)
 with open(reader, "rb") as output:
     sys.stdout.buffer.write(output.read())
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+remove_traces(pid)
+sys.exit(code)
 """
 
 
@@ -87,7 +91,9 @@ def forked(serve: Callable[[], None]) -> tuple[int, str]:
     os.close(writer)
     with open(reader, "rb") as output:
         said = output.read().decode()
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    remove_traces(pid)
+    return code, said
 
 
 def test_output_goes_to_the_pipe() -> None:

@@ -3,7 +3,6 @@
 import io
 import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -108,32 +107,3 @@ def test_ctrl_c_while_it_starts_stops_it(plan: LaunchPlan, tmp_path: Path, monke
     with pytest.raises(KeyboardInterrupt):
         start(plan)
     assert not psutil.pid_exists(pid_in(tmp_path))
-
-
-def test_a_second_start_at_the_same_time_is_refused(plan: LaunchPlan, tmp_path: Path) -> None:
-    """Many launchers claim one name; exactly one has it afterwards, and its state is still there."""
-    claim = (
-        "import sys, time; from pathlib import Path; from omni.deployment.backends import local; "
-        "from tests.omni.cli.launchers import plan_of; plan = plan_of(Path(sys.argv[1])); sys.stdin.readline()\n"
-        "try:\n    local.claim_folder(plan, state=local._state(plan))\n"
-        "except ValueError:\n    print('refused', flush=True)\n"
-        "else:\n    print('mine', flush=True)\nsys.stdin.read()"
-    )
-    claimants = []
-    for number in range(4):
-        (tmp_path / str(number)).mkdir()
-        command = [sys.executable, "-c", claim, str(tmp_path / str(number))]
-        claimants.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
-    try:
-        for claimant in claimants:
-            assert claimant.stdin is not None
-            claimant.stdin.write("go\n")
-            claimant.stdin.flush()
-        said = [claimant.stdout.readline().strip() for claimant in claimants if claimant.stdout is not None]
-        assert sorted(said) == ["mine", "refused", "refused", "refused"]
-        state = RunFolder.of("trial").deployment()
-        assert state is not None
-        assert state.launcher_pid == claimants[said.index("mine")].pid
-    finally:
-        for claimant in claimants:
-            claimant.communicate()

@@ -39,4 +39,7 @@ def test_a_bar_for_each_process_on_a_terminal(tmp_path: Path) -> None:
         folder.write(ProcessState(name="b", state="restarting", message="exited with code 1"))
         assert progress.update()
         assert "restarting: exited with code 1" in output.getvalue()
+        folder.write(ProcessState(name="a", state="ready", progress=1.0))
+        folder.write(ProcessState(name="b", state="ready", progress=1.0))
+        assert not progress.update()
     assert "ready after" not in output.getvalue()

@@ -1,10 +1,11 @@
 """The local backend with the real engine host, refused before it imports vLLM, and stand-ins for it and the proxy."""
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,13 +38,15 @@ def state_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def plan(tmp_path: Path, free_ports: Callable[[int], int]) -> LaunchPlan:
-    """Its proxy is a small server; its deployment file names no model that exists."""
+def plan(tmp_path: Path, free_ports: Callable[[int], int]) -> Iterator[LaunchPlan]:
+    """Its proxy is a small server; its deployment file names no model that exists. Fails when a process is left."""
+    children = psutil.Process().children()  # of other tests
     port = free_ports(1)
     plan = planned(tmp_path, put(content(), "services/log_path", str(tmp_path / "logs")))
     command = (sys.executable, "-c", PROXY, str(port))
     proxy = replace(plan.proxy, port=port, command=command, env={"FROM_THE_PLAN": "yes"})
-    return replace(plan, processes=(*plan.processes[:-1], proxy))
+    yield replace(plan, processes=(*plan.processes[:-1], proxy))
+    assert psutil.Process().children() == children
 
 
 def test_an_engine_host_that_refuses_ends_it_all(
@@ -56,7 +59,6 @@ def test_an_engine_host_that_refuses_ends_it_all(
     assert "Traceback" not in report
     assert "services.model_path: " in (tmp_path / "logs" / "engine_host.log").read_text()
     assert not (state_dir / plan.name).exists()
-    assert psutil.Process().children() == []
 
 
 def test_until_sigterm(plan: LaunchPlan, tmp_path: Path, state_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +84,6 @@ def test_until_sigterm(plan: LaunchPlan, tmp_path: Path, state_dir: Path, monkey
     said = (tmp_path / "logs" / "engine_host.log").read_text()
     assert said == f"-m services.engine_host --config {plan.config_file}\n"
     assert not (state_dir / plan.name).exists()
-    assert psutil.Process().children() == []
 
 
 def test_one_of_that_name_runs(plan: LaunchPlan) -> None:
@@ -92,6 +93,27 @@ def test_one_of_that_name_runs(plan: LaunchPlan) -> None:
     ):
         local.serve(plan)
     assert folder.deployment() is not None, "the one that runs keeps its state"
+
+
+def test_two_at_the_same_time(plan: LaunchPlan, state_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking whether one runs and taking its place are one step for other launchers."""
+    steps = []
+
+    def locked(name: str) -> Callable[..., object]:
+        method = getattr(RunFolder, name)
+
+        def step(*args: object) -> object:
+            with (state_dir / ".lock").open("wb") as lock, pytest.raises(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            steps.append(name)
+            return method(*args)
+
+        return step
+
+    for name in ("deployment", "remove", "write_deployment"):
+        monkeypatch.setattr(RunFolder, name, locked(name))
+    local.claim_folder(plan, state=local._state(plan))
+    assert steps == ["deployment", "remove", "write_deployment"]
 
 
 def test_what_a_killed_launcher_left_is_removed(plan: LaunchPlan) -> None:
