@@ -24,10 +24,10 @@ check: install
 
 # Starts this project's deployments and plain vLLM servers in turn; numbers and what they mean: docs/performance.md.
 bench-start: install
-	$(BIN)/python benchmarks/bench_start.py
+	$(BIN)/python -m benchmarks.bench_start
 
 bench-proxy: install
-	$(BIN)/python benchmarks/bench_proxy.py
+	$(BIN)/python -m benchmarks.bench_proxy
 
 # Debian packages that the tests need beyond Python 3.11: none so far.
 system-deps:
