@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SITE := $(VENV)/lib/python3.11/site-packages
 CONFIG ?= configs/demo.yaml
 
-.PHONY: demo serve test check install lock bench-start bench-proxy system-deps clean
+.PHONY: demo serve test check install lock bench-start bench-proxy bench-kv bench-overlap system-deps clean
 
 demo: install
 	$(BIN)/omni_cli demo
@@ -29,9 +29,20 @@ bench-start: install
 bench-proxy: install
 	$(BIN)/python -m benchmarks.bench_proxy
 
-# Debian packages that the tests need beyond Python 3.11: none so far.
+# Every way of moving KV beside memcpy, raw sockets, NIXL and Mooncake, on the same buffers (about 6 minutes).
+bench-kv: install
+	$(BIN)/python -m benchmarks.bench_kv
+
+# Pull against layer-wise on a link narrowed to 1 Gbit/s (about 3 minutes). Needs root and iproute2.
+bench-overlap: install
+	$(BIN)/python -m benchmarks.bench_overlap
+
+# Debian packages beyond Python 3.11 for all of the tests, some of which are skipped without them: Mooncake's library,
+# and network namespaces to cut links in. Needs root; omni itself needs none of them.
+SYSTEM_DEPS := libibverbs1 iproute2 iptables
 system-deps:
-	@true
+	@dpkg -s $(SYSTEM_DEPS) >/dev/null 2>&1 || { \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SYSTEM_DEPS); }
 
 install: $(VENV)/.installed
 

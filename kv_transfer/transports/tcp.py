@@ -1,306 +1,188 @@
-"""KV blocks over TCP, from KV cache memory to KV cache memory without a copy in Python.
+"""KV bytes over TCP connections to the rank server, from KV memory to KV memory without a copy in Python.
 
-P answers each connection from a thread of its own with gathering sends; D receives with scattering reads. Both release
-the interpreter's lock while bytes move.
+P sends from where the spans lie, D receives to where they belong; the interpreter's lock is free while bytes move. Only
+spans too small for that are gathered into one buffer first.
 """
 
-import contextlib
-import secrets
-import socket
-import threading
 import time
-import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
-from kv_transfer import protocol
-from kv_transfer.errors import ChecksumError, DeadlineError, PeerRefusedError, PeerUnreachableError, ProtocolError
-from kv_transfer.memory import BlockMemory
-from kv_transfer.protocol import FRAME_HEADER, BlocksFollow, RankEndpoint, ReadBlocks, Refused
+import numpy as np
+import xxhash
+
+from kv_transfer.errors import ChecksumError, ProtocolError
+from kv_transfer.memory import gather
+from kv_transfer.memory.regions import Memory, Offsets, Spans
+from kv_transfer.protocol import Offer, RankEndpoint, ReadSpans, Refused, SpansFollow, TcpOffer
+from kv_transfer.rank_connection import RankConnection
+from kv_transfer.rank_server import RankClient, RankServer
 from kv_transfer.transports.base import Transport
+from kv_transfer.transports.batches import batches
 
-_BUFFERS_PER_CALL = 512  # below the system's IOV_MAX, 1024
-_MAX_CONNECTIONS = 256
-_PEER_TIMEOUT_S = 30.0  # a reader that takes nothing, or does not finish its request, for so long is lost
-_CONNECT_TIMEOUT_S = 5.0
-_CLOSE_TIMEOUT_S = 2.0
-_SOCKET_OPTIONS = (  # the end of a peer's machine is noticed after a minute, though nothing is sent
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
-    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
-)
+_PEER_TIMEOUT_S = 30.0  # a reader that has not taken the bytes of one request by then is lost
+_SPANS_PER_REQUEST = 1 << 18  # a quarter of what a message holds
+_BYTES_PER_REQUEST = 64 << 20  # bounds what is gathered at a time
+_BATCH_BYTES = 1 << 20  # checksums follow the bytes at this distance, while they are in the processor's cache
+_MIN_BYTES_PER_CONNECTION = 4 << 20  # below twice that, one connection is faster than the threads for more
 
 
 class TcpTransport(Transport):
     """Args:
     memory: what is served and read into.
-    checksum: ask the peer for a CRC-32 of what it sends, and compare it with what arrived.
+    server: P's; None where nothing is served.
+    client: D's connections.
+    num_connections: between two ranks, for one read.
+    checksum: have the peer send XXH3 of all bytes, and compare it with what arrived.
     """
 
-    def __init__(self, memory: BlockMemory, *, checksum: bool = False) -> None:
+    name = "tcp"
+
+    def __init__(
+        self,
+        memory: Memory,
+        server: RankServer | None,
+        client: RankClient,
+        *,
+        num_connections: int = 1,
+        checksum: bool = False,
+    ) -> None:
         super().__init__(memory)
+        self._server = server
+        self._client = client
+        self._num_connections = num_connections
         self._checksum = checksum
-        self._lock = threading.Lock()
-        self._closed = False
-        self._listener: socket.socket | None = None
-        self._accepting: threading.Thread | None = None
-        self._serving: dict[socket.socket, threading.Thread] = {}
-        self._reading: set[socket.socket] = set()
-        self._idle: dict[RankEndpoint, list[socket.socket]] = {}
 
-    # --- serving: P
+    # --- P
 
-    def serve(self, host: str) -> RankEndpoint:
-        family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
-        self._listener = socket.create_server((host, 0), family=family)
-        endpoint = RankEndpoint(host, self._listener.getsockname()[1], secrets.token_hex(16))
-        self._accepting = threading.Thread(
-            target=self._accept, args=(self._listener, endpoint.run_id), name="kv-blocks-accept", daemon=True
-        )
-        self._accepting.start()
-        return endpoint
+    def offer(self) -> Offer | None:
+        if self._server is None or not self.memory.is_on_host:
+            return None
+        self._server.handle(ReadSpans, self._serve)
+        return TcpOffer()
 
-    def _accept(self, listener: socket.socket, run_id: str) -> None:
-        while True:
-            try:
-                connection, _ = listener.accept()
-            except OSError:
-                if self._closed:
-                    return
-                time.sleep(0.1)  # out of file descriptors: connections wait in the backlog until some are closed
-                continue
-            if not self._start_serving(connection, run_id):
-                connection.close()
-
-    def _start_serving(self, connection: socket.socket, run_id: str) -> bool:
-        thread = threading.Thread(
-            target=self._serve_connection, args=(connection, run_id), name="kv-blocks", daemon=True
-        )
-        with self._lock:
-            if self._closed or len(self._serving) >= _MAX_CONNECTIONS:
-                return False
-            self._serving[connection] = thread
-            try:
-                thread.start()
-            except RuntimeError:  # the system has no more threads
-                del self._serving[connection]
-                return False
-        return True
-
-    def _serve_connection(self, connection: socket.socket, run_id: str) -> None:
+    def _serve(self, connection: RankConnection, request: ReadSpans) -> None:
+        deadline = time.monotonic() + _PEER_TIMEOUT_S
         try:
-            _set_options(connection)
-            while True:
-                connection.settimeout(None)  # between reads a connection may rest
-                if not connection.recv(1, socket.MSG_PEEK):
-                    return
-                frame = _receive_frame(connection, time.monotonic() + _PEER_TIMEOUT_S)
-                request = protocol.decode_request(frame)
-                connection.settimeout(_PEER_TIMEOUT_S)
-                self._answer(connection, request, run_id)
-        except (OSError, ProtocolError, PeerUnreachableError):
-            pass  # the peer left or does not speak our protocol: the connection ends, the engine does not
-        finally:
-            with self._lock:
-                self._serving.pop(connection, None)
-            connection.close()
-
-    def _answer(self, connection: socket.socket, request: protocol.Request, run_id: str) -> None:
-        if not isinstance(request, ReadBlocks):
-            raise ProtocolError(f"{type(request).__name__} on a block connection")
-        if request.run_id != run_id:
-            _send_frame(connection, Refused("this engine was restarted since the hand-off"))
+            buffers = self._outgoing(_unpack(request.offsets), _unpack(request.sizes))
+        except (IndexError, ValueError) as error:
+            connection.send(Refused(str(error)), deadline)
             return
-        try:
-            buffers = self.memory.buffers(request.block_ids)
-        except IndexError as error:
-            _send_frame(connection, Refused(str(error)))
+        follows = SpansFollow(sum(map(len, buffers)))
+        if not request.checksum:
+            connection.send(follows, deadline, buffers)
             return
-        _send_frame(connection, BlocksFollow(sum(map(len, buffers))))
-        _send_all(connection, buffers)
-        if request.checksum:
-            connection.sendall(_crc32(buffers))
+        connection.send(follows, deadline)
+        digest = _move_with_checksum(buffers, lambda batch: connection.send_buffers(batch, deadline), before=True)
+        connection.send_buffers([memoryview(digest)], deadline)
 
-    # --- reading: D
+    def _outgoing(self, offsets: Offsets, sizes: Offsets) -> list[memoryview]:
+        if len(offsets) != len(sizes):
+            raise ValueError(f"{len(offsets)} offsets and {len(sizes)} sizes")
+        if gather.is_worth_it(sizes):
+            return [gather.gather(self.memory, offsets, sizes).data]
+        return self.memory.views(offsets, sizes)
 
-    def read(self, peer: RankEndpoint, remote_ids: Sequence[int], local_ids: Sequence[int], deadline: float) -> int:
-        assert len(remote_ids) == len(local_ids)
-        buffers = self.memory.buffers(local_ids)
-        num_bytes = sum(map(len, buffers))
-        connection = self._take_connection(peer, deadline)
-        try:
-            _set_deadline(connection, deadline)
-            _send_frame(connection, ReadBlocks(peer.run_id, tuple(remote_ids), self._checksum))
-            reply = protocol.decode_reply(_receive_frame(connection, deadline))
-            if isinstance(reply, Refused):
-                raise PeerRefusedError(reply.why)
-            if not isinstance(reply, BlocksFollow) or reply.num_bytes != num_bytes:
-                raise ProtocolError(f"{reply} in answer to a read of {num_bytes} bytes")
-            _receive_into(connection, buffers, deadline)
-            if self._checksum:
-                self._verify(connection, buffers, deadline)
-        except TimeoutError:
-            self._drop(connection)
-            raise DeadlineError(f"reading {num_bytes} bytes from {peer.host}:{peer.port} did not end in time") from None
-        except OSError as error:
-            self._drop(connection)
-            raise PeerUnreachableError(f"{peer.host}:{peer.port}: {error}") from None
-        except BaseException:
-            self._drop(connection)
-            raise
-        self._give_back(peer, connection)
-        return num_bytes
+    # --- D
 
-    @staticmethod
-    def _verify(connection: socket.socket, buffers: Sequence[memoryview], deadline: float) -> None:
-        sent = bytearray(4)
-        _receive_into(connection, [memoryview(sent)], deadline)
-        if _crc32(buffers) != bytes(sent):
+    def can_read(self, peer: RankEndpoint, offer: Offer) -> bool:
+        return isinstance(offer, TcpOffer) and self.memory.is_on_host
+
+    def read(self, peer: RankEndpoint, offer: Offer, spans: Spans, deadline: float) -> None:
+        if not len(spans):
+            return
+        parts = _split(spans, min(self._num_connections, spans.num_bytes // _MIN_BYTES_PER_CONNECTION))
+        if len(parts) == 1:
+            self._read_part(peer, spans, deadline)
+            return
+        # Threads of this read alone: those of a slow peer delay no read from another. All of them end, by the deadline,
+        # before the block does: none may write after this method has ended.
+        with ThreadPoolExecutor(len(parts), thread_name_prefix="kv-tcp") as helpers:
+            others = [helpers.submit(self._read_part, peer, part, deadline) for part in parts[1:]]
+            self._read_part(peer, parts[0], deadline)
+        for other in others:
+            other.result()
+
+    def _read_part(self, peer: RankEndpoint, spans: Spans, deadline: float) -> None:
+        with self._client.connection(peer, deadline) as connection:
+            for batch in batches(spans, max_spans=_SPANS_PER_REQUEST, max_bytes=_BYTES_PER_REQUEST):
+                self._read_batch(connection, batch, deadline)
+
+    def _read_batch(self, connection: RankConnection, spans: Spans, deadline: float) -> None:
+        scattered = gather.is_worth_it(spans.sizes)
+        staging = np.empty(spans.num_bytes if scattered else 0, dtype=np.uint8)
+        buffers = [staging.data] if scattered else self.memory.views(spans.local, spans.sizes)
+        connection.send(ReadSpans(_pack(spans.remote), _pack(spans.sizes), self._checksum), deadline)
+        reply = connection.receive_reply(deadline)
+        if not isinstance(reply, SpansFollow) or reply.num_bytes != spans.num_bytes:
+            raise ProtocolError(f"{reply} in answer to a read of {spans.num_bytes} bytes")
+        self._receive(connection, buffers, deadline)
+        if scattered:
+            gather.scatter(self.memory, spans.local, spans.sizes, staging)
+
+    def _receive(self, connection: RankConnection, buffers: Sequence[memoryview], deadline: float) -> None:
+        if not self._checksum:
+            connection.receive_into(buffers, deadline)
+            return
+        digest = _move_with_checksum(buffers, lambda batch: connection.receive_into(batch, deadline), before=False)
+        sent = bytearray(len(digest))
+        connection.receive_into([memoryview(sent)], deadline)
+        if sent != digest:
             raise ChecksumError("the bytes that arrived are not the bytes that were sent")
 
-    def _take_connection(self, peer: RankEndpoint, deadline: float) -> socket.socket:
-        with self._lock:
-            self._close_dead()
-            idle = self._idle.get(peer)
-            connection = idle.pop() if idle else None
-            if connection is not None:
-                self._reading.add(connection)
-                return connection
-        timeout_s = min(deadline - time.monotonic(), _CONNECT_TIMEOUT_S)
-        if timeout_s <= 0:
-            raise DeadlineError(f"no time left to connect to {peer.host}:{peer.port}")
-        try:
-            connection = socket.create_connection((peer.host, peer.port), timeout=timeout_s)
-        except TimeoutError:
-            raise DeadlineError(f"{peer.host}:{peer.port} did not accept a connection in time") from None
-        except (OSError, UnicodeError) as error:  # UnicodeError: no host can have that name
-            raise PeerUnreachableError(f"{peer.host}:{peer.port}: {error}") from None
-        _set_options(connection)
-        with self._lock:
-            if not self._closed:
-                self._reading.add(connection)
-                return connection
-        connection.close()
-        raise PeerUnreachableError("this engine is shutting down")
-
-    def _close_dead(self) -> None:
-        """Close idle connections whose peer has gone: nobody may ever ask for that peer again. Needs the lock."""
-        for peer, idle in list(self._idle.items()):
-            for connection in [connection for connection in idle if not _is_quiet(connection)]:
-                idle.remove(connection)
-                connection.close()
-            if not idle:
-                del self._idle[peer]
-
-    def _give_back(self, peer: RankEndpoint, connection: socket.socket) -> None:
-        with self._lock:
-            self._reading.discard(connection)
-            if not self._closed:
-                self._idle.setdefault(peer, []).append(connection)
-                return
-        connection.close()
-
-    def _drop(self, connection: socket.socket) -> None:
-        with self._lock:
-            self._reading.discard(connection)
-        connection.close()
+    def forget(self, peer: RankEndpoint) -> None:
+        self._client.forget(peer)
 
     def close(self) -> None:
-        with self._lock:
-            self._closed = True
-            idle = [connection for connections in self._idle.values() for connection in connections]
-            self._idle.clear()
-            threads = list(self._serving.values())
-            for connection in [*self._serving, *self._reading]:
-                with contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)  # wakes the thread that uses it, which closes it
-        for connection in idle:
-            connection.close()
-        if self._listener is not None and self._accepting is not None:
-            with contextlib.suppress(OSError):
-                self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
-            threads.append(self._accepting)
-        deadline = time.monotonic() + _CLOSE_TIMEOUT_S
-        for thread in threads:
-            thread.join(timeout=max(0.0, deadline - time.monotonic()))
-        if self._listener is not None:
-            self._listener.close()
+        """The connections belong to the server and the client, which close them."""
 
 
-def _set_options(connection: socket.socket) -> None:
-    for option in _SOCKET_OPTIONS:
-        connection.setsockopt(*option)
+def _move_with_checksum(
+    buffers: Sequence[memoryview], move: Callable[[Sequence[memoryview]], None], *, before: bool
+) -> bytes:
+    """Move the buffers batch by batch, digesting each before or after it is moved; returns the digest."""
+    digest = xxhash.xxh3_64()
+    for batch in _batches(buffers):
+        if before:
+            for buffer in batch:
+                digest.update(buffer)
+            move(batch)
+        else:
+            move(batch)
+            for buffer in batch:
+                digest.update(buffer)
+    return digest.digest()
 
 
-def _is_quiet(connection: socket.socket) -> bool:
-    """Whether the connection is open and has nothing to say: the state between two reads."""
-    connection.settimeout(0)
-    try:
-        connection.recv(1, socket.MSG_PEEK)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
-def _set_deadline(connection: socket.socket, deadline: float) -> None:
-    remaining_s = deadline - time.monotonic()
-    if remaining_s <= 0:
-        raise TimeoutError
-    connection.settimeout(remaining_s)
-
-
-def _send_frame(connection: socket.socket, message: protocol.Request | protocol.Reply) -> None:
-    data = protocol.encode(message)
-    connection.sendall(FRAME_HEADER.pack(len(data)) + data)
-
-
-def _receive_frame(connection: socket.socket, deadline: float) -> bytearray:
-    """One length-prefixed message."""
-    header = bytearray(FRAME_HEADER.size)
-    _receive_into(connection, [memoryview(header)], deadline)
-    (size,) = FRAME_HEADER.unpack(header)
-    if size > protocol.MAX_FRAME_BYTES:
-        raise ProtocolError(f"a message of {size} bytes; at most {protocol.MAX_FRAME_BYTES} are taken")
-    frame = bytearray(size)
-    _receive_into(connection, [memoryview(frame)], deadline)
-    return frame
-
-
-def _receive_into(connection: socket.socket, buffers: Sequence[memoryview], deadline: float) -> None:
-    pending = [buffer for buffer in buffers if len(buffer)]
-    start = 0
-    while start < len(pending):
-        _set_deadline(connection, deadline)
-        received = connection.recvmsg_into(pending[start : start + _BUFFERS_PER_CALL])[0]
-        if received == 0:
-            raise PeerUnreachableError("the peer closed the connection before it had answered")
-        start = _skip(pending, start, received)
-
-
-def _send_all(connection: socket.socket, buffers: Sequence[memoryview]) -> None:
-    pending = list(buffers)
-    start = 0
-    while start < len(pending):
-        start = _skip(pending, start, connection.sendmsg(pending[start : start + _BUFFERS_PER_CALL]))
-
-
-def _skip(pending: list[memoryview], start: int, num_bytes: int) -> int:
-    """Drop `num_bytes` from the front of pending[start:]; returns the new start."""
-    while num_bytes:
-        size = len(pending[start])
-        if num_bytes < size:
-            pending[start] = pending[start][num_bytes:]
-            return start
-        num_bytes -= size
-        start += 1
-    return start
-
-
-def _crc32(buffers: Sequence[memoryview]) -> bytes:
-    crc = 0
+def _batches(buffers: Sequence[memoryview]) -> Sequence[list[memoryview]]:
+    batches: list[list[memoryview]] = []
+    room = 0
     for buffer in buffers:
-        crc = zlib.crc32(buffer, crc)
-    return crc.to_bytes(4, "little")
+        for start in range(0, len(buffer), _BATCH_BYTES):
+            piece = buffer[start : start + _BATCH_BYTES]
+            if len(piece) > room:
+                batches.append([])
+                room = _BATCH_BYTES
+            batches[-1].append(piece)
+            room -= len(piece)
+    return batches
+
+
+def _split(spans: Spans, num_parts: int) -> list[Spans]:
+    """Cut into so many parts of about as many bytes; a part is at least one span."""
+    if num_parts < 2:
+        return [spans]
+    ends = np.cumsum(spans.sizes)
+    cuts = np.unique(np.searchsorted(ends, np.arange(1, num_parts) * spans.num_bytes // num_parts, side="left") + 1)
+    bounds = [0, *(int(cut) for cut in cuts if cut < len(spans)), len(spans)]
+    return [Spans(spans.remote[a:b], spans.local[a:b], spans.sizes[a:b]) for a, b in pairwise(bounds)]
+
+
+def _pack(numbers: Offsets) -> bytes:
+    return numbers.astype("<i8", copy=False).tobytes()
+
+
+def _unpack(packed: bytes) -> Offsets:
+    """Raises ValueError."""
+    return np.frombuffer(packed, dtype="<i8").astype(np.int64, copy=False)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import psutil
 
+from kv_transfer.auth import default_key_path, load_key, load_or_make_key
 from omni.deployment.errors import MachineError, Problem, raise_any
 from omni.deployment.machine import Machine, this_machine
 from omni.deployment.memory import GIB
@@ -25,6 +26,7 @@ def check_machine(plan: LaunchPlan, machine: Machine | None = None) -> None:
     found = [
         *_model_problems(plan),
         *_expert_problems(plan),
+        *_key_problems(plan),
         *_environment_problems(),
         *_port_problems(plan),
         *_memory_problems(plan, machine),
@@ -36,6 +38,16 @@ def _model_problems(plan: LaunchPlan) -> Iterator[Problem]:
     if not (plan.model_path / "config.json").is_file():
         text = f"{plan.model_path} holds no config.json"
         yield Problem("services.model_path", text, "write the path of a Hugging Face model folder")
+
+
+def _key_problems(plan: LaunchPlan) -> Iterator[Problem]:
+    """This user's own key is made here; one that the file names must be there."""
+    if plan.connector != "omni":
+        return
+    try:
+        load_or_make_key(default_key_path()) if plan.key_file is None else load_key(plan.key_file)
+    except ValueError as error:
+        yield Problem("services.kv_transfer.key_file", str(error), "or write the path of another key")
 
 
 def _expert_problems(plan: LaunchPlan) -> Iterator[Problem]:
@@ -66,6 +78,8 @@ def _port_problems(plan: LaunchPlan) -> Iterator[Problem]:
 def _ports(process: ProcessPlan) -> Iterator[tuple[str, int]]:
     """What the process listens on, each with the key that decides it."""
     yield ("base_api_port" if process.group else "listen_port"), process.port
+    if process.kv_port is not None:
+        yield "base_kv_port", process.kv_port
     if process.dp_rank == 0 and "--data-parallel-rpc-port" in process.command:
         yield "master_port", int(process.env["VLLM_DP_MASTER_PORT"])
 

@@ -2,18 +2,26 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
 from omni.deployment.errors import Problem
 from omni.deployment.groups import GroupSettings
-from omni.deployment.model import KvTransfer
+from omni.deployment.model import KvConnector, KvTransfer
 
 API_SERVER = "omni.adaptors.vllm.api_server"
+MOONCAKE_ON_CPU = "omni.adaptors.vllm.mooncake_on_cpu.MooncakeOnCpu"
+EAGER_STAGES = '{"mode": 2, "backend": "eager"}'
 SHUTDOWN_TIMEOUT_S = 5  # for requests in flight
 MAX_NUM_SEQS_CPU = 64  # vLLM's own default is made for accelerators
+
+_CONNECTORS: Mapping[KvConnector, Mapping[str, str]] = {
+    "omni": {"kv_connector": "OmniConnector", "kv_connector_module_path": "kv_transfer.connector"},
+    "nixl": {"kv_connector": "NixlConnector"},
+    "mooncake": {"kv_connector": "MooncakeConnector"},
+}
 
 # What a user may write although the plan has a default or an opinion.
 _FREE = ("--max-num-seqs", "--block-size", "--max-num-batched-tokens", "--enforce-eager", "--no-enforce-eager")
@@ -24,6 +32,7 @@ _NEVER = (
     "--api-server-count",
     "--kv-cache-memory-bytes",
     "--enable-expert-parallel",
+    "--pipeline-parallel-size",
     "--data-parallel-size",
     "--data-parallel-size-local",
     "--data-parallel-rank",
@@ -35,7 +44,12 @@ _NEVER = (
     "--data-parallel-hybrid-lb",
     "--data-parallel-multi-port-external-lb",
 )
-_SHORT = {"-dp": "--data-parallel-size", "-dpr": "--data-parallel-rank", "-tp": "--tensor-parallel-size"}
+_SHORT = {
+    "-dp": "--data-parallel-size",
+    "-dpr": "--data-parallel-rank",
+    "-tp": "--tensor-parallel-size",
+    "-pp": "--pipeline-parallel-size",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +68,7 @@ class EngineCommand:
     max_model_len: int  # tokens
     kv_bytes_per_worker: int | None  # None: vLLM measures the device
     kv_transfer: KvTransfer
+    kv_port: int | None  # of this rank; None: none is planned
     is_cpu: bool
     is_moe: bool
 
@@ -69,6 +84,21 @@ class EngineCommand:
             if flag and flag not in _FREE and any(own.startswith(flag) for own in reserved):
                 yield Problem(self.group.field("extra_args"), f"{part!r} is set by the plan", _mend(flag))
 
+    def kv_env(self) -> Mapping[str, str]:
+        """What vLLM's own connectors read from the environment."""
+        if self.kv_transfer.connector == "mooncake":
+            bootstrap = {} if self.kv_port is None else {"VLLM_MOONCAKE_BOOTSTRAP_PORT": str(self.kv_port)}
+            return {"VLLM_HOST_IP": self.host, **bootstrap}
+        if self.kv_transfer.connector == "nixl" and self.kv_port is not None:
+            # vLLM adds the rank of ranks that run in step.
+            port = self.kv_port - self.dp_rank if self._is_in_step else self.kv_port
+            return {"VLLM_NIXL_SIDE_CHANNEL_HOST": self.host, "VLLM_NIXL_SIDE_CHANNEL_PORT": str(port)}
+        return {}
+
+    @property
+    def _is_in_step(self) -> bool:
+        return self.is_moe and self.group.data_parallel_size > 1
+
     def _own_arguments(self) -> Iterator[str]:
         yield from ("--model", str(self.model_path))
         yield from ("--served-model-name", self.served_model_name)
@@ -77,21 +107,31 @@ class EngineCommand:
         yield from ("--dtype", self.dtype)
         yield from ("--max-model-len", str(self.max_model_len))
         yield from ("--tensor-parallel-size", str(self.group.tensor_parallel_size))
+        if self.group.pipeline_parallel_size > 1:
+            yield from ("--pipeline-parallel-size", str(self.group.pipeline_parallel_size))
         yield from ("--kv-transfer-config", json.dumps(self._kv_transfer_config()))
         # Without it vLLM kills its EngineCore at once, which then cannot clean up.
         yield from ("--shutdown-timeout", str(SHUTDOWN_TIMEOUT_S))
         if self.kv_bytes_per_worker is not None:
             yield from ("--kv-cache-memory-bytes", str(self.kv_bytes_per_worker))
-        if self.is_moe and self.group.data_parallel_size > 1:
+        if self._is_in_step:
             yield from self._data_parallel_arguments()
         if self.is_cpu:
             yield from self._cpu_defaults()
 
     def _cpu_defaults(self) -> Iterator[str]:
         written = {_flag(part) for part in self.group.extra_args}
+        if self.kv_transfer.connector == "mooncake" and "--worker-extension-cls" not in written:
+            yield from ("--worker-extension-cls", MOONCAKE_ON_CPU)
         if "--max-num-seqs" not in written:
             yield from ("--max-num-seqs", str(MAX_NUM_SEQS_CPU))
-        if not written & {"--enforce-eager", "--no-enforce-eager"}:
+        if written & {"--enforce-eager", "--no-enforce-eager"}:
+            return
+        if self.group.pipeline_parallel_size > 1:
+            # Eager too, but in a mode in which vLLM warms up: without that, its second stage on a CPU has no room for
+            # what the first one sends (vLLM 0.32).
+            yield from ("--compilation-config", EAGER_STAGES)
+        else:
             yield "--enforce-eager"  # compiling takes minutes on a CPU
 
     def _data_parallel_arguments(self) -> Iterator[str]:
@@ -107,19 +147,39 @@ class EngineCommand:
         yield "--enable-expert-parallel"
 
     def _kv_transfer_config(self) -> dict[str, object]:
+        # Mooncake's connector remembers for ever where an engine of some id is: a new start needs a new id, vLLM's own.
+        engine_id = (
+            {} if self.kv_transfer.connector == "mooncake" else {"engine_id": f"{self.deployment_name}.{self.name}"}
+        )
         return {
-            "kv_connector": "OmniConnector",
-            "kv_connector_module_path": "kv_transfer.connector",
+            **_CONNECTORS[self.kv_transfer.connector],
+            **engine_id,
             "kv_role": {"prefill": "kv_producer", "decode": "kv_consumer"}[self.group.role],
-            "engine_id": f"{self.deployment_name}.{self.name}",
             "kv_load_failure_policy": self.kv_transfer.load_failure_policy,
-            "kv_connector_extra_config": {
-                "listen_host": self.host,
-                "lease_s": self.kv_transfer.lease_s,
-                "load_timeout_s": self.kv_transfer.load_timeout_s,
-                "checksum": self.kv_transfer.checksum,
-            },
+            "kv_connector_extra_config": self._connector_config(),
         }
+
+    def _connector_config(self) -> dict[str, object]:
+        settings = self.kv_transfer
+        if settings.connector == "nixl":
+            return {"kv_lease_duration": int(settings.lease_s)}
+        if settings.connector == "mooncake":
+            return {"mooncake_protocol": "tcp"} if self.is_cpu else {}
+        config: dict[str, object] = {
+            "listen_host": self.host,
+            "transport": settings.transport,
+            "mode": settings.mode,
+            "num_connections": settings.num_connections,
+            "lease_s": settings.lease_s,
+            "max_lease_s": settings.max_lease_s,
+            "load_timeout_s": settings.load_timeout_s,
+            "checksum": settings.checksum,
+        }
+        if self.kv_port is not None:
+            config["listen_port"] = self.kv_port
+        if settings.key_file is not None:
+            config["key_file"] = str(settings.key_file)  # never the key itself: command lines can be seen by all
+        return config
 
 
 def block_size_of(extra_args: Sequence[str]) -> int | None:
@@ -143,6 +203,7 @@ def _mend(flag: str) -> str:
     keys = {
         "--max-model-len": "max_model_len",
         "--tensor-parallel-size": "tensor_parallel_size",
+        "--pipeline-parallel-size": "pipeline_parallel_size",
         "--data-parallel-size": "data_parallel_size",
         "--kv-cache-memory-bytes": "kv_cache_gib",
         "--dtype": "services.dtype",

@@ -12,6 +12,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator
 from pydantic_core import PydanticCustomError
 
+from kv_transfer.connector.settings import MAX_CONNECTIONS
+
 REFUSED = "omni_field"  # marks our own refusals among pydantic's errors
 
 _HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9-]{1,63}(?<!-))*")
@@ -42,6 +44,13 @@ def _count(value: Any) -> int:
     number = _whole_number(value)
     if number is None or number < 1:
         raise _refusal("is not a number of at least 1", "write a whole number such as 1")
+    return number
+
+
+def _connections(value: Any) -> int:
+    number = _whole_number(value)
+    if number is None or not 1 <= number <= MAX_CONNECTIONS:
+        raise _refusal("is not a number of connections", f"write a whole number from 1 to {MAX_CONNECTIONS}")
     return number
 
 
@@ -151,10 +160,11 @@ def _at_least_one(groups: dict[str, Any]) -> dict[str, Any]:
 
 
 Port = Annotated[int, BeforeValidator(_port)]
+Connections = Annotated[int, BeforeValidator(_connections)]
 Count = Annotated[int, BeforeValidator(_count)]
 Positive = Annotated[float, BeforeValidator(_positive)]
 Text = Annotated[str, BeforeValidator(_text)]
-Folder = Annotated[Path, BeforeValidator(_text), AfterValidator(lambda path: path.expanduser().absolute())]
+LocalPath = Annotated[Path, BeforeValidator(_text), AfterValidator(lambda path: path.expanduser().absolute())]
 Host = Annotated[str, BeforeValidator(_host)]
 Hosts = Annotated[tuple[str, ...], BeforeValidator(_hosts)]
 Devices = Annotated[tuple[int, ...], BeforeValidator(_devices)]

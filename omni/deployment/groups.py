@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from omni.deployment.model import MASTER_PORT_OFFSET, Deployment, EngineOptions, Group, HostOverride
+from omni.deployment.model import KV_PORT_OFFSET, MASTER_PORT_OFFSET, Deployment, EngineOptions, Group, HostOverride
 
 Pool = Literal["prefill", "decode"]
 
@@ -38,10 +38,19 @@ class GroupSettings:
         return self.group.tensor_parallel_size or self.shared.tensor_parallel_size or 1
 
     @property
+    def pipeline_parallel_size(self) -> int:
+        return self.group.pipeline_parallel_size or self.shared.pipeline_parallel_size or 1
+
+    @property
+    def num_workers(self) -> int:
+        """Of one DP rank: each has a device, or cores, of its own."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
     def data_parallel_size(self) -> int:
         """As written, else as many ranks as the devices of all hosts allow, else 1."""
         written = self.group.data_parallel_size or self.shared.data_parallel_size
-        return written or max(1, self.num_devices // self.tensor_parallel_size)
+        return written or max(1, self.num_devices // self.num_workers)
 
     @property
     def num_devices(self) -> int:
@@ -70,6 +79,10 @@ class GroupSettings:
 
     def base_api_port(self, host: str) -> int:
         return self.override(host).base_api_port or self.group.base_api_port
+
+    def base_kv_port(self, host: str) -> int:
+        written = self.override(host).base_kv_port or self.group.base_kv_port
+        return written or self.base_api_port(host) + KV_PORT_OFFSET
 
     @property
     def master_port(self) -> int:

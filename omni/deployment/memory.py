@@ -13,7 +13,7 @@ GIB = 1 << 30
 # Measured with vLLM 0.32 on a CPU: api server 0.6 GiB, EngineCore 0.6 GiB, a worker's own needs 0.4 GiB, less what
 # they share. Engines forked from one parent share more of it and need less.
 ENGINE_BASE_BYTES = int(1.3 * GIB)
-EXTRA_WORKER_BYTES = int(0.4 * GIB)  # each TP rank after the first
+EXTRA_WORKER_BYTES = int(0.4 * GIB)  # each worker after the first
 PROXY_BYTES = int(0.2 * GIB)
 SEQUENCES_WANTED = 4  # a KV cache for this many sequences of max_model_len, where memory allows
 KEPT_FREE = 0.1  # of the available memory, for activations and for everything else on the machine
@@ -47,8 +47,8 @@ def kv_need(
     )
 
 
-def engine_bytes_without_kv(model: ModelInfo, dtype: str, tp: int) -> int:
-    return ENGINE_BASE_BYTES + (tp - 1) * EXTRA_WORKER_BYTES + model.weight_bytes_as(dtype)
+def engine_bytes_without_kv(model: ModelInfo, dtype: str, num_workers: int) -> int:
+    return ENGINE_BASE_BYTES + (num_workers - 1) * EXTRA_WORKER_BYTES + model.weight_bytes_as(dtype)
 
 
 def kv_sizes(needs: Sequence[KvNeed], available_bytes: int, other_bytes: Iterable[int]) -> list[int]:

@@ -3,7 +3,8 @@
 `omni.deployment.deployment_file` reads a file into `Deployment`; `omni.deployment.validate` has the rules across keys.
 
 Which value counts, where a key may stand in two places:
-- data_parallel_size, tensor_parallel_size, extra_args, kv_cache_gib: the group's, else services.prefill / .decode's.
+- data_parallel_size, tensor_parallel_size, pipeline_parallel_size, extra_args, kv_cache_gib: the group's, else
+  services.prefill / .decode's.
 - env: both, and the group's where both name the same variable.
 - in a "host <IP>" block: that block's for that host, else the group's. A private_key there replaces the group's
   password and the other way round.
@@ -14,16 +15,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
+from kv_transfer.connector.settings import Mode, TransportName
 from omni.deployment.fields import (
     Arguments,
     AtLeastOne,
+    Connections,
     Count,
     DecodeGroupName,
     Devices,
     Environment,
-    Folder,
     Host,
     Hosts,
+    LocalPath,
     Name,
     Port,
     Positive,
@@ -32,10 +35,12 @@ from omni.deployment.fields import (
 )
 
 Platform = Literal["cpu", "npu", "cuda"]
+KvConnector = Literal["omni", "nixl", "mooncake"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 HOST_KEY = "host <IP>"  # the alias below: how errors name the overrides of single hosts
 MASTER_PORT_OFFSET = 1000
+KV_PORT_OFFSET = 2000
 EMBEDDED = "embedded:"  # model_path: embedded:<name>
 
 
@@ -56,6 +61,7 @@ class HostOverride(Access):
 
     master_port: Port | None = None
     base_api_port: Port | None = None
+    base_kv_port: Port | None = None
     ascend_rt_visible_devices: Devices | None = None
 
 
@@ -64,6 +70,7 @@ class EngineOptions(Block):
 
     data_parallel_size: Count | None = None  # default: as many as the devices allow; 1 without devices
     tensor_parallel_size: Count | None = None  # default: 1
+    pipeline_parallel_size: Count | None = None  # default: 1
     extra_args: Arguments | None = None  # more arguments for vLLM's api server
     env: Environment | None = None
     kv_cache_gib: Positive | None = None  # of one DP rank, all its TP ranks together
@@ -75,6 +82,9 @@ class Group(Access, EngineOptions):
     hosts: Hosts = ("127.0.0.1",)  # the master first
     base_api_port: Port  # the api server of rank r listens on base_api_port + r
     master_port: Port | None = None  # where DP ranks find each other; default: base_api_port + 1000
+    base_kv_port: Port | None = (
+        None  # where rank r is asked for KV, where that is planned; default: base_api_port + 2000
+    )
     ascend_rt_visible_devices: Devices | None = None
     host_overrides: dict[str, HostOverride] = Field(default_factory=dict, alias="host <IP>")
 
@@ -111,10 +121,25 @@ class DecodeServices(EngineOptions):
 
 
 class KvTransfer(Block):
+    """How KV gets from prefill to decode. vLLM's own connectors know lease_s (nixl) and load_failure_policy alone."""
+
+    connector: KvConnector = "omni"  # ours, or vLLM's NixlConnector or MooncakeConnector
+    transport: TransportName = "auto"  # auto: the fastest that both sides have
+    mode: Mode = "pull"  # layerwise: decode reads each layer as soon as prefill has computed it
+    key_file: LocalPath | None = None  # the deployment key; default: one of this user's own, made when first needed
+    num_connections: Connections = 1  # over TCP, of each pair of ranks
     lease_s: Positive = 30.0  # how long prefill keeps KV blocks that nobody fetches
+    max_lease_s: Positive = 600.0  # how long decode may have them kept by asking again
     load_timeout_s: Positive = 30.0  # how long decode waits for KV blocks
     load_failure_policy: Literal["recompute", "fail"] = "recompute"  # what decode does when they do not come
-    checksum: bool = False  # CRC-32 of all that is moved; costs about a third of the speed on a fast link
+    checksum: bool = False  # of all that is moved over tcp or hccl
+
+    @property
+    def roles_with_port(self) -> tuple[str, ...]:
+        """Whose engines are asked for KV on a port that others must know before they start."""
+        if self.connector == "nixl":
+            return ("prefill", "decode")
+        return ("prefill",) if self.connector == "mooncake" or self.mode == "layerwise" else ()
 
 
 class Services(Block):
@@ -122,7 +147,7 @@ class Services(Block):
 
     model_path: Text  # a folder, or embedded:<name>
     served_model_name: Text | None = None  # default: the model folder's name
-    log_path: Folder | None = None  # default: logs/<deployment name>
+    log_path: LocalPath | None = None  # default: logs/<deployment name>
     dtype: Dtype = "auto"  # of prefill and decode alike: they exchange KV bytes
     code_path: Text | None = None
     local_code_path: Text | None = None

@@ -16,7 +16,7 @@ from omni.deployment.groups import GroupSettings, group_settings
 from omni.deployment.local_hosts import host_problems
 from omni.deployment.machine import Machine
 from omni.deployment.memory import GIB, PROXY_BYTES, KvNeed, engine_bytes_without_kv, kv_need, kv_sizes
-from omni.deployment.model import Deployment
+from omni.deployment.model import Deployment, KvTransfer
 from omni.deployment.model_info import DTYPE_BYTES, ModelInfo
 from omni.deployment.plan_types import LaunchPlan, ProcessPlan
 
@@ -44,9 +44,14 @@ def make_plan(deployment: Deployment, model: ModelInfo, machine: Machine, *, con
     """
     dtype = _dtype(deployment, model, machine)
     groups = list(group_settings(deployment))
+    connector = deployment.services.kv_transfer.connector
     problems = list(host_problems(deployment, machine))
     for group in groups:
-        problems += [*_length_problems(group, model), *_kv_problems(group, model, dtype), *env_problems(group)]
+        problems += [
+            *_length_problems(group, model),
+            *_kv_problems(group, model, dtype),
+            *env_problems(group, connector),
+        ]
     ranks = list(_ranks(deployment, groups, model, machine, dtype))
     commands = [_command(deployment, rank, model, dtype) for rank in ranks]
     for command in commands:
@@ -60,6 +65,8 @@ def make_plan(deployment: Deployment, model: ModelInfo, machine: Machine, *, con
         model_path=model.path,
         served_model_name=deployment.model_name,
         dtype=dtype,
+        connector=connector,
+        key_file=deployment.services.kv_transfer.key_file,
         processes=(*engines, _proxy(deployment, engines)),
     )
 
@@ -112,12 +119,12 @@ def _ranks(
 ) -> Iterator[_Rank]:
     is_cpu = deployment.effective_platform == "cpu"
     engines = [(group, dp_rank) for group in groups for dp_rank in range(group.data_parallel_size)]
-    tp_sizes = [group.tensor_parallel_size for group, _ in engines]
+    num_workers = [group.num_workers for group, _ in engines]
     needs = [_kv_need(group, model, dtype) for group, _ in engines]
-    own_bytes = [engine_bytes_without_kv(model, dtype, tp) for tp in tp_sizes]
+    own_bytes = [engine_bytes_without_kv(model, dtype, count) for count in num_workers]
     if is_cpu:
         kv_bytes: list[int | None] = [*kv_sizes(needs, machine.available_bytes, [*own_bytes, PROXY_BYTES])]
-        cores = share_cores(machine.cores, tp_sizes)
+        cores = share_cores(machine.cores, num_workers)
     else:
         kv_bytes, cores = [need.written_bytes for need in needs], [()] * len(engines)
     for index, (group, dp_rank) in enumerate(engines):
@@ -128,12 +135,12 @@ def _ranks(
             workers=cores[index],
             kv_bytes=kv,
             memory_bytes=own_bytes[index] + (kv or 0) if is_cpu else own_bytes[index] - model.weight_bytes_as(dtype),
-            first_device=sum(tp_sizes[:index]),
+            first_device=sum(num_workers[:index]),
         )
 
 
 def _command(deployment: Deployment, rank: _Rank, model: ModelInfo, dtype: str) -> EngineCommand:
-    group, host = rank.group, rank.group.hosts[0]
+    group, host, kv_transfer = rank.group, rank.group.hosts[0], deployment.services.kv_transfer
     return EngineCommand(
         group=group,
         dp_rank=rank.dp_rank,
@@ -145,8 +152,9 @@ def _command(deployment: Deployment, rank: _Rank, model: ModelInfo, dtype: str) 
         served_model_name=deployment.model_name,
         dtype=dtype,
         max_model_len=_max_model_len(group, model),
-        kv_bytes_per_worker=None if rank.kv_bytes is None else rank.kv_bytes // group.tensor_parallel_size,
-        kv_transfer=deployment.services.kv_transfer,
+        kv_bytes_per_worker=None if rank.kv_bytes is None else rank.kv_bytes // group.num_workers,
+        kv_transfer=kv_transfer,
+        kv_port=group.base_kv_port(host) + rank.dp_rank if group.role in kv_transfer.roles_with_port else None,
         is_cpu=deployment.effective_platform == "cpu",
         is_moe=model.is_moe,
     )
@@ -164,6 +172,7 @@ def _engine(deployment: Deployment, rank: _Rank, command: EngineCommand) -> Proc
         env=engine_env(
             rank.group,
             rank.dp_rank,
+            kv_env=command.kv_env(),
             platform=deployment.effective_platform,
             workers=rank.workers,
             first_device=rank.first_device,
@@ -172,6 +181,7 @@ def _engine(deployment: Deployment, rank: _Rank, command: EngineCommand) -> Proc
         cpu_cores=tuple(sorted({core for cores in rank.workers for core in cores})),
         kv_bytes=rank.kv_bytes or 0,
         memory_bytes=rank.memory_bytes,
+        kv_port=command.kv_port,
     )
 
 
@@ -180,6 +190,7 @@ def _proxy(deployment: Deployment, engines: Sequence[ProcessPlan]) -> ProcessPla
     command = [sys.executable, "-m", "services.global_proxy", "--host", proxy.host, "--port", str(proxy.listen_port)]
     for engine in engines:
         command += [f"--{engine.role}", engine.url]
+    command += _proxy_kv_arguments(deployment.services.kv_transfer, engines)
     return ProcessPlan(
         name="proxy",
         role="proxy",
@@ -194,3 +205,19 @@ def _proxy(deployment: Deployment, engines: Sequence[ProcessPlan]) -> ProcessPla
         kv_bytes=0,
         memory_bytes=PROXY_BYTES,
     )
+
+
+def _proxy_kv_arguments(kv_transfer: KvTransfer, engines: Sequence[ProcessPlan]) -> Iterator[str]:
+    """What the proxy needs to drive the engines' connector, where it is not the usual: addresses in the order of P."""
+    addresses = [engine.kv_address for engine in engines if engine.role == "prefill" and engine.kv_address]
+    if kv_transfer.connector != "omni":
+        yield from ("--connector", kv_transfer.connector)
+    if kv_transfer.key_file is not None:
+        yield from ("--key-file", str(kv_transfer.key_file))
+    if kv_transfer.connector == "mooncake":
+        for address in addresses:
+            yield from ("--bootstrap", f"http://{address}")
+    if kv_transfer.mode == "layerwise":
+        yield from ("--mode", "layerwise")
+        for address in addresses:
+            yield from ("--kv-address", address)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from omni.deployment.model import KvConnector
+
 Role = Literal["prefill", "decode", "proxy"]
 
 
@@ -27,6 +29,7 @@ class ProcessPlan:
     cpu_cores: tuple[int, ...]  # empty: wherever the system puts it
     kv_bytes: int  # KV cache, bytes; 0 for the proxy
     memory_bytes: int  # all memory the process is expected to need, bytes
+    kv_port: int | None = None  # where it is asked for KV; None: nowhere, or on a port of the system's choice
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -36,6 +39,10 @@ class ProcessPlan:
     @property
     def url(self) -> str:
         return f"http://{self.host}:{self.port}"
+
+    @property
+    def kv_address(self) -> str | None:
+        return None if self.kv_port is None else f"{self.host}:{self.kv_port}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +54,8 @@ class LaunchPlan:
     model_path: Path
     served_model_name: str
     dtype: str
+    connector: KvConnector
+    key_file: Path | None  # as written; None: this user's own
     processes: tuple[ProcessPlan, ...]
 
     def instance(self, role: Role, group: str) -> tuple[ProcessPlan, ...]:

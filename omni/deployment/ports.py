@@ -29,11 +29,15 @@ class PortClaim:
 
 
 def port_claims(deployment: Deployment) -> Iterator[PortClaim]:
+    with_kv_port = deployment.services.kv_transfer.roles_with_port
     for group in group_settings(deployment):
         for host in group.hosts:
+            more = max(1, group.ranks_on_host(host)) - 1
             first = group.base_api_port(host)
-            last = first + max(1, group.ranks_on_host(host)) - 1
-            yield PortClaim(host, first, last, _port_field(group, host, "base_api_port"))
+            yield PortClaim(host, first, first + more, _port_field(group, host, "base_api_port"))
+            if group.role in with_kv_port:
+                first = group.base_kv_port(host)
+                yield PortClaim(host, first, first + more, _port_field(group, host, "base_kv_port"))
         port = group.master_port
         yield PortClaim(group.hosts[0], port, port, _port_field(group, group.hosts[0], "master_port"))
     proxy = deployment.deployment.proxy

@@ -40,6 +40,8 @@ def plan_as_dict(plan: LaunchPlan) -> dict[str, Any]:
         "model_path": str(plan.model_path),
         "served_model_name": plan.served_model_name,
         "dtype": plan.dtype,
+        "connector": plan.connector,
+        "key_file": None if plan.key_file is None else str(plan.key_file),
         "processes": [_process_as_dict(process) for process in plan.processes],
     }
 
@@ -56,6 +58,7 @@ def _process_as_dict(process: ProcessPlan) -> dict[str, Any]:
         "group": process.group,
         "dp_rank": process.dp_rank,
         "url": process.url,
+        "kv_address": process.kv_address,
         "command": list(_without_secrets(process.command)),
         "env": dict(_env_without_secrets(process.env)),
         "log_file": str(process.log_file),

@@ -7,10 +7,17 @@ That prefill and decode use the same dtype needs no rule: services.dtype is the 
 from collections.abc import Iterator
 from itertools import combinations
 
+from kv_transfer.connector.settings import CHECKSUMMED_TRANSPORTS
 from omni.deployment.errors import Problem
 from omni.deployment.groups import GroupSettings, group_settings
-from omni.deployment.model import Access, Deployment
+from omni.deployment.model import Access, Deployment, KvTransfer
 from omni.deployment.ports import port_problems
+
+# The keys of services.kv_transfer that vLLM's own connectors know.
+_MEANINGFUL = {
+    "nixl": {"connector", "load_failure_policy", "lease_s"},
+    "mooncake": {"connector", "load_failure_policy"},
+}
 
 
 def cross_field_problems(deployment: Deployment) -> Iterator[Problem]:
@@ -21,6 +28,7 @@ def cross_field_problems(deployment: Deployment) -> Iterator[Problem]:
     yield from _access_problems(deployment, groups)
     yield from _shared_device_problems(groups)
     yield from port_problems(deployment)
+    yield from _kv_transfer_problems(deployment.services.kv_transfer)
 
 
 def _override_problems(group: GroupSettings) -> Iterator[Problem]:
@@ -43,13 +51,13 @@ def _access_problems(deployment: Deployment, groups: list[GroupSettings]) -> Ite
 def _device_problems(group: GroupSettings) -> Iterator[Problem]:
     if group.num_devices == 0:
         return
-    needed = group.data_parallel_size * group.tensor_parallel_size
+    needed = group.data_parallel_size * group.num_workers
     if needed > group.num_devices:
         text = (
-            f"{group.data_parallel_size} DP ranks with {group.tensor_parallel_size} devices each need {needed}, "
+            f"{group.data_parallel_size} DP ranks with {group.num_workers} devices each need {needed}, "
             f"ascend_rt_visible_devices lists {group.num_devices} on {len(group.hosts)} host(s)"
         )
-        mend = "lower data_parallel_size or tensor_parallel_size, or list more devices"
+        mend = "lower data_parallel_size, tensor_parallel_size or pipeline_parallel_size, or list more devices"
         yield Problem(group.field("data_parallel_size"), text, mend)
 
 
@@ -60,3 +68,22 @@ def _shared_device_problems(groups: list[GroupSettings]) -> Iterator[Problem]:
                 devices = ",".join(map(str, both))
                 text = f"{devices} on {host} also in {one.path}.ascend_rt_visible_devices"
                 yield Problem(f"{other.path}.ascend_rt_visible_devices", text, "give each device to one group")
+
+
+def _kv_transfer_problems(settings: KvTransfer) -> Iterator[Problem]:
+    path = "services.kv_transfer"
+    meaningful = _MEANINGFUL.get(settings.connector, settings.model_fields_set)
+    for name in KvTransfer.model_fields:
+        if name in settings.model_fields_set - meaningful:
+            text = f"means nothing to connector {settings.connector}"
+            yield Problem(f"{path}.{name}", text, "delete it, or write connector: omni")
+    if settings.connector == "nixl" and (settings.lease_s < 6 or not settings.lease_s.is_integer()):
+        text = f"{settings.lease_s:g} is not a whole number of at least 6, as connector nixl wants it"
+        yield Problem(f"{path}.lease_s", text, "write a number such as 30")
+    if settings.connector == "omni":
+        if settings.checksum and settings.transport not in CHECKSUMMED_TRANSPORTS:
+            text = f"true, and transport {settings.transport} has no checksums"
+            yield Problem(f"{path}.checksum", text, "write false, or another transport")
+        if settings.max_lease_s < settings.lease_s:
+            text = f"{settings.max_lease_s:g} is less than lease_s, which is {settings.lease_s:g}"
+            yield Problem(f"{path}.max_lease_s", text, "write at least as much")

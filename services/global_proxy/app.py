@@ -12,17 +12,19 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from kv_transfer.auth import load_or_make_key
 from services.global_proxy import openai_error
 from services.global_proxy.completions import Completions
 from services.global_proxy.errors import UnreachableError
 from services.global_proxy.handoff import Handoff
 from services.global_proxy.health import HealthCheck
+from services.global_proxy.legs import Legs
 from services.global_proxy.metrics import Metrics
 from services.global_proxy.policy import RoundRobin
-from services.global_proxy.release import LeaseReleaser
 from services.global_proxy.request_scope import InFlight
 from services.global_proxy.settings import Settings
 from services.global_proxy.upstream import EngineClient, Instance, Pool, Role
+from services.global_proxy.ways import make_way
 
 COMPLETION_PATHS = ("/v1/completions", "/v1/chat/completions")
 _RELAY_TIMEOUT_S = 5.0
@@ -43,6 +45,9 @@ class Runtime:
 class Proxy:
     """The endpoints, over one runtime.
 
+    Raises:
+        ValueError: the key file is unusable.
+
     Attributes:
         app: the ASGI application to serve.
         in_flight: the requests being served; whoever stops the server drains it first.
@@ -50,6 +55,7 @@ class Proxy:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self._key = load_or_make_key(settings.key_file) if settings.connector == "omni" else None
         self.metrics = Metrics()
         self.in_flight = InFlight()
         self._runtime: Runtime | None = None
@@ -78,17 +84,16 @@ class Proxy:
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         settings = self.settings
+        pools = (self._pool("prefill", settings.prefill_urls), self._pool("decode", settings.decode_urls))
         client = EngineClient(settings.connect_timeout_s, self.metrics)
-        leases = LeaseReleaser()
+        way = make_way(settings, self._key, pools[0], Legs(*pools, client, self.metrics), client)
+        completions = Completions(settings, Handoff(way), self.in_flight, self.metrics)
+        self._runtime = Runtime(client, pools, HealthCheck(pools, client), completions)
         try:
-            pools = (self._pool("prefill", settings.prefill_urls), self._pool("decode", settings.decode_urls))
-            handoff = Handoff(*pools, client, leases, self.metrics)
-            completions = Completions(settings, handoff, self.in_flight, self.metrics)
-            self._runtime = Runtime(client, pools, HealthCheck(pools, client), completions)
             yield
         finally:
             self._runtime = None
-            await leases.close()
+            await way.close()
             await client.close()
 
     def _pool(self, role: Role, urls: tuple[str, ...]) -> Pool:
@@ -103,7 +108,8 @@ class Proxy:
         headers = None if authorization is None else {"Authorization": authorization}
         prefill, decode = self.runtime.pools
         for instance in (*decode.instances, *prefill.instances):
-            answer = await self.runtime.client.get(instance, request.url.path, _RELAY_TIMEOUT_S, headers)
+            url = instance.url.with_path(request.url.path)
+            answer = await self.runtime.client.get(url, _RELAY_TIMEOUT_S, headers)
             if answer is not None:
                 status, content_type, body = answer
                 return Response(body, status, {"content-type": content_type})

@@ -12,7 +12,8 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from services.global_proxy.errors import ClientGoneError, InvalidRequestError, ProxyError
-from services.global_proxy.handoff import Call, Handoff, Trace
+from services.global_proxy.handoff import Handoff
+from services.global_proxy.legs import Call, Trace
 from services.global_proxy.metrics import Metrics
 from services.global_proxy.reply import Reply, read_body
 from services.global_proxy.request_body import parse_body

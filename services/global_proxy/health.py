@@ -32,5 +32,5 @@ class HealthCheck:
         return any(await asyncio.gather(*(self._is_healthy(instance) for instance in pool.instances)))
 
     async def _is_healthy(self, instance: Instance) -> bool:
-        answer = await self._client.get(instance, "/health", _ASK_TIMEOUT_S)
+        answer = await self._client.get(instance.url.with_path("/health"), _ASK_TIMEOUT_S)
         return answer is not None and answer[0] == 200

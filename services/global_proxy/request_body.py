@@ -29,6 +29,7 @@ _NOT_FOR_PREFILL = (
     "repetition_detection",
     "return_token_ids",
     "return_tokens_as_token_ids",
+    "seed",  # vLLM 0.32 on a CPU dies of it when it computes a prompt in several chunks
     "stop",
     "stop_token_ids",
     "stream_interval",
@@ -50,25 +51,17 @@ class RequestBody:
     n: int  # choices wanted, so sequences on D that read the prompt's blocks
     plain_json: bytes  # `fields`, for D alone
 
-    def prefill_json(self) -> bytes:
-        """The body of leg 1: compute the prompt, make one token, keep the blocks for D."""
+    def prefill_json(self, kv_transfer_params: dict[str, Any]) -> bytes:
+        """The body of leg 1: compute the prompt, make one token, do with the blocks as the parameters say."""
         body = {key: value for key, value in self.fields.items() if key not in _NOT_FOR_PREFILL}
         body |= _PREFILL_OVERRIDES
         if "max_completion_tokens" in body:
             body["max_completion_tokens"] = 1
-        body["kv_transfer_params"] = {
-            "do_remote_decode": True,
-            "do_remote_prefill": False,
-            "remote_engine_id": None,
-            "remote_block_ids": None,
-            "remote_host": None,
-            "remote_port": None,
-            "omni": {"num_readers": self.n},
-        }
+        body["kv_transfer_params"] = kv_transfer_params
         return _encode(body)
 
-    def decode_json(self, kv_transfer_params: msgspec.Raw) -> bytes:
-        """The body of leg 2: the client's own plus P's parameters, byte for byte."""
+    def decode_json(self, kv_transfer_params: msgspec.Raw | bytes) -> bytes:
+        """The body of leg 2: the client's own plus the parameters, byte for byte."""
         return b'{"kv_transfer_params":%b,%b' % (kv_transfer_params, self.plain_json[1:])
 
 

@@ -42,7 +42,9 @@ DECODE_ONLY_RULES: tuple[tuple[str, Callable[[Body], bool]], ...] = (
     *(("invalid", _is_refused_for(field)) for field in ("n", "max_tokens", "max_completion_tokens")),
 )
 
-NO_HANDOFF = "prefill_gave_no_params"  # not a rule: P answered, with nothing to hand off
+# Not rules of a body:
+SEVERAL_CHOICES = "several_choices"  # n is above 1, and the engines' connector hands off one sequence
+NO_HANDOFF = "prefill_gave_no_params"  # P answered, with nothing to hand off
 
 
 def decode_only_reason(body: Body) -> str | None:

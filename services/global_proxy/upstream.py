@@ -112,13 +112,13 @@ class EngineClient:
         return error
 
     async def get(
-        self, instance: Instance, path: str, timeout_s: float, headers: Mapping[str, str] | None = None
+        self, url: URL, timeout_s: float, headers: Mapping[str, str] | None = None
     ) -> tuple[int, str, bytes] | None:
-        """A small answer as (status, content type, body); None when the instance does not answer in time."""
+        """A small answer as (status, content type, body); None when there is none in time."""
         try:
             async with (
                 asyncio.timeout(timeout_s),
-                self._session.get(instance.url.with_path(path), headers=headers, allow_redirects=False) as response,
+                self._session.get(url, headers=headers, allow_redirects=False) as response,
             ):
                 return response.status, response.headers.get("Content-Type", ""), await response.read()
         except (aiohttp.ClientError, TimeoutError):

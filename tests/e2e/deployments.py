@@ -15,6 +15,7 @@ from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
+import psutil
 import yaml
 
 READY_TIMEOUT_S = 600
@@ -22,7 +23,7 @@ ANSWER_TIMEOUT_S = 300
 REPOSITORY = Path(__file__).parents[2]
 
 # Lets a test ask each worker for a digest of every KV block; see worker_digests.py.
-DIGESTS = {
+DIGESTS: dict[str, Any] = {
     "extra_args": ["--worker-extension-cls", "tests.e2e.worker_digests.BlockDigests"],
     "env": {"VLLM_SERVER_DEV_MODE": "1"},
 }
@@ -43,8 +44,9 @@ class Server:
         with self.open(path, body) as response:
             return json.load(response)
 
-    def open(self, path: str, body: dict[str, Any]) -> Any:
-        request = Request(self.url + path, json.dumps(body).encode(), {"content-type": "application/json"})  # noqa: S310
+    def open(self, path: str, body: dict[str, Any], headers: dict[str, str] | None = None) -> Any:
+        headers = {"content-type": "application/json", **(headers or {})}
+        request = Request(self.url + path, json.dumps(body).encode(), headers)  # noqa: S310
         return urlopen(request, timeout=ANSWER_TIMEOUT_S)  # noqa: S310
 
     def stream(self, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
@@ -65,12 +67,20 @@ class Server:
                     total += float(match[3])
         return total
 
+    def block_digests(self) -> list[str]:
+        """A digest of every KV block of the first worker; see DIGESTS."""
+        digests: list[str] = self.post("/collective_rpc", {"method": "kv_block_digests"})["results"][0]
+        return digests
+
     def is_ready(self) -> bool:
         try:
             self.get("/health")
         except (HTTPError, URLError, OSError):
             return False
         return True
+
+
+Waiter = Callable[[], Server]
 
 
 @dataclass(frozen=True)
@@ -114,22 +124,34 @@ def deployed(
     dp: int = 1,
     tp: int = 1,
     max_model_len: int = 2048,
+    kv_transfer: dict[str, Any] | None = None,
+    group_options: dict[str, dict[str, Any]] | None = None,
 ) -> Iterator[Deployment]:
-    """Start a deployment in float32, in which greedy tokens do not hang on rounding; stop it afterwards."""
+    """Start a deployment in float32, in which greedy tokens do not hang on rounding; stop it afterwards.
+
+    Args:
+        kv_transfer: more keys of services.kv_transfer.
+        group_options: more keys of single groups, by name: "decode.group1".
+    """
+    kv_transfer = kv_transfer or {}
+    if "connector" not in kv_transfer:  # vLLM's own know no checksum
+        kv_transfer = {"checksum": True, **kv_transfer}
     name = f"test-{folder.name}"
-    first_port = free_ports((prefill_groups + decode_groups) * (dp + 1) + 1)
+    first_port = free_ports((prefill_groups + decode_groups) * (2 * dp + 1) + 1)
     ports = iter(range(first_port, first_port + 1000))
 
     def take(count: int) -> int:
         """The first of so many ports in a row."""
         return [next(ports) for _ in range(count)][-count]
 
-    def groups(count: int) -> dict[str, Any]:
+    def groups(role: str, count: int) -> dict[str, Any]:
         return {
             f"group{index}": {
                 "hosts": "127.0.0.1",
                 "base_api_port": take(dp),
+                "base_kv_port": take(dp),
                 "master_port": take(1),
+                **(group_options or {}).get(f"{role}.group{index}", {}),
             }
             for index in range(1, count + 1)
         }
@@ -140,8 +162,8 @@ def deployed(
         "name": name,
         "platform": "cpu",
         "deployment": {
-            "prefill": groups(prefill_groups),
-            "decode": groups(decode_groups),
+            "prefill": groups("prefill", prefill_groups),
+            "decode": groups("decode", decode_groups),
             "proxy": {"host": "127.0.0.1", "listen_port": take(1)},
         },
         "services": {
@@ -151,7 +173,7 @@ def deployed(
             "log_path": str(folder / "logs"),
             "prefill": role,
             "decode": role,
-            "kv_transfer": {"checksum": True},
+            "kv_transfer": kv_transfer,
         },
     }
     config = folder / "deployment.yaml"
@@ -177,6 +199,44 @@ def deployed(
 
 
 @contextmanager
+def running(
+    command: list[str], port: int, log_file: Path, env: dict[str, str] | None = None, *, host: str = "127.0.0.1"
+) -> Iterator[Waiter]:
+    """Start a server. What is yielded waits until it is ready.
+
+    At the end it and its children are gone, and so are the files in /dev/shm that they had mapped.
+    """
+    with log_file.open("wb") as log:
+        process = subprocess.Popen(
+            command, cwd=REPOSITORY, env={**os.environ, **(env or {})}, stdout=log, stderr=subprocess.STDOUT
+        )
+
+    def until_ready() -> Server:
+        server = Server(f"http://{host}:{port}")
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while not server.is_ready():
+            assert process.poll() is None, log_file.read_text()[-3000:]
+            assert time.monotonic() < deadline, f"not ready in time: {command}"
+            time.sleep(0.1)
+        return server
+
+    try:
+        yield until_ready
+    finally:
+        family = [psutil.Process(process.pid)] if process.poll() is None else []
+        family += [child for parent in family for child in parent.children(recursive=True)]
+        shared = {mapping.path for member in family for mapping in member.memory_maps()}
+        process.terminate()
+        process.wait(timeout=60)
+        _, alive = psutil.wait_procs(family, timeout=30)
+        for member in alive:
+            member.kill()
+        assert not alive, f"left by {command}: {alive}"
+        left = [path for path in shared if path.startswith("/dev/shm/") and Path(path).exists()]  # noqa: S108
+        assert not left, f"left by {command}: {left}"
+
+
+@contextmanager
 def plain_vllm(
     folder: Path, free_ports: Callable[[int], int], *, model_path: Path, max_model_len: int = 2048
 ) -> Iterator[Server]:
@@ -184,49 +244,39 @@ def plain_vllm(
     port = free_ports(1)
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *engine_arguments(port, model_path, max_model_len),
+        *("--kv-cache-memory-bytes", str(1 << 29)),
+    ]
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "0", "TORCH_COMPILE_DISABLE": "1"}
+    with running(command, port, folder / "plain.log", env) as until_ready:
+        yield until_ready()
+
+
+def engine_arguments(port: int, model_path: Path, max_model_len: int = 2048) -> list[str]:
+    """What vLLM's api server is told, with or without a connector."""
+    return [
         *("--model", str(model_path), "--served-model-name", "test-model", "--host", "127.0.0.1", "--port", str(port)),
         *("--dtype", "float32", "--max-model-len", str(max_model_len), "--max-num-seqs", "64"),
-        *("--kv-cache-memory-bytes", str(1 << 29), "--enforce-eager", "--shutdown-timeout", "5"),
+        *("--enforce-eager", "--shutdown-timeout", "5"),
     ]
-    env = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "0", "TORCH_COMPILE_DISABLE": "1"}
-    with (folder / "plain.log").open("wb") as log:
-        process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        server = Server(f"http://127.0.0.1:{port}")
-        deadline = time.monotonic() + READY_TIMEOUT_S
-        while not server.is_ready():
-            assert process.poll() is None, (folder / "plain.log").read_text()[-3000:]
-            assert time.monotonic() < deadline, "plain vLLM was not ready in time"
-            time.sleep(0.2)
-        yield server
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
 
 
 @contextmanager
 def proxy_over(
-    folder: Path, free_ports: Callable[[int], int], prefill: tuple[Server, ...], decode: tuple[Server, ...]
+    folder: Path,
+    free_ports: Callable[[int], int],
+    prefill: tuple[Server, ...],
+    decode: tuple[Server, ...],
+    *more: str,
 ) -> Iterator[Server]:
-    """One more proxy over some engines of a deployment: the same engines in another topology."""
+    """One more proxy over some engines: those of a deployment in another topology, or with another connector."""
     port = free_ports(1)
     command = [sys.executable, "-m", "services.global_proxy", "--host", "127.0.0.1", "--port", str(port)]
     for option, servers in (("--prefill", prefill), ("--decode", decode)):
         for server in servers:
             command += [option, server.url]
-    with (folder / f"proxy-{port}.log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        server = Server(f"http://127.0.0.1:{port}")
-        deadline = time.monotonic() + 60
-        while not server.is_ready():
-            assert process.poll() is None
-            assert time.monotonic() < deadline, "the proxy was not ready in time"
-            time.sleep(0.1)
-        yield server
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
+    with running([*command, *more], port, folder / f"proxy-{port}.log") as until_ready:
+        yield until_ready()
 
 
 def eventually(condition: Callable[[], bool], timeout_s: float) -> bool:

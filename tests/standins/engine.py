@@ -40,12 +40,15 @@ class StandinEngine:
     def __init__(self, name: str = "engine") -> None:
         self.name = name
         self.received: list[Received] = []
+        self.num_answered = 0
         self.num_aborted = 0  # requests whose connection the proxy closed before the answer was complete
         self.healthy = True
         self.num_chunks = 3  # of a streamed answer
         self.error: tuple[int, str] | None = None  # answer every completion with this status and body
         self.params: object = KV_TRANSFER_PARAMS  # handed off by a prefill
         self.answer_text: str | None = None  # answer every completion with 200 and this
+        self.bootstrap: object = {"0": {"engine_id": f"{name}-1", "worker_addr": {"0": {"0": "tcp://127.0.0.1:1"}}}}
+        self.num_queries = 0  # of the above: an engine with a MooncakeConnector has a bootstrap server
         self.gate = (
             asyncio.Event()
         )  # clear: completions wait, before their answer or (stream) after `gate_after` chunks
@@ -61,6 +64,7 @@ class StandinEngine:
         app.router.add_post("/v1/completions", self._complete)
         app.router.add_post("/v1/chat/completions", self._complete)
         app.router.add_get("/health", self._health)
+        app.router.add_get("/query", self._query)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/version", self._version)
         self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
@@ -87,7 +91,11 @@ class StandinEngine:
             self.received.append(Received(request.path, headers, body))
             self._arrived.notify_all()
         try:
-            return await self._answer(request, self.received[-1])
+            response = await self._answer(request, self.received[-1])
+            await response.prepare(request)
+            await response.write_eof()
+            self.num_answered += 1
+            return response
         except (asyncio.CancelledError, ConnectionResetError):
             self.num_aborted += 1
             async with self._arrived:
@@ -163,6 +171,10 @@ class StandinEngine:
 
     async def _health(self, request: web.Request) -> web.Response:
         return web.Response(status=200 if self.healthy else 503)
+
+    async def _query(self, request: web.Request) -> web.Response:
+        self.num_queries += 1
+        return web.json_response(self.bootstrap)
 
     async def _models(self, request: web.Request) -> web.Response:
         if request.headers.get("Authorization") == "Bearer wrong":

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from omni.adaptors.vllm import fork_start
+from omni.adaptors.vllm import fork_start, hand_off_guard
 
 
 def serve(arguments: Sequence[str]) -> None:
@@ -20,7 +20,7 @@ def serve(arguments: Sequence[str]) -> None:
         arguments: what follows `vllm serve` on a command line.
 
     Raises:
-        SystemExit: the arguments are not vLLM's; it has printed why.
+        SystemExit: the arguments are not vLLM's; it has printed why. Or the deployment key cannot be had.
     """
     import uvloop
     from vllm.entrypoints.launchers.api_server.entry import run_server
@@ -33,6 +33,10 @@ def serve(arguments: Sequence[str]) -> None:
     args = make_arg_parser(FlexibleArgumentParser(prog="vllm serve")).parse_args(list(arguments))
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
+    try:
+        hand_off_guard.install(args)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     uvloop.run(run_server(args))
 
 

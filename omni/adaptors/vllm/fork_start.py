@@ -132,9 +132,16 @@ def _close_listening_sockets() -> None:
             continue
         if is_socket:
             with socket.socket(fileno=os.dup(descriptor)) as duplicate:
-                internet = duplicate.family in (socket.AF_INET, socket.AF_INET6)
-                if internet and duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                if duplicate.family in (socket.AF_INET, socket.AF_INET6) and not _is_connected(duplicate):
                     os.close(descriptor)
+
+
+def _is_connected(internet_socket: socket.socket) -> bool:
+    try:
+        internet_socket.getpeername()
+    except OSError:
+        return False
+    return True
 
 
 class _ForkProcess(multiprocessing.context.ForkProcess):

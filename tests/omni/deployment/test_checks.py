@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from kv_transfer.auth import load_or_make_key
 from omni.deployment.checks import check_machine
 from omni.deployment.errors import ConfigError, MachineError
 from omni.deployment.plan_types import LaunchPlan
@@ -70,6 +71,43 @@ def test_the_master_port_counts_where_somebody_listens(tmp_path: Path, taken_por
     moe = planned(tmp_path, data, of=model(path=tmp_path / "model", is_moe=True))
     with pytest.raises(MachineError, match=rf"deployment\.prefill\.group1\.master_port: port {taken_port} "):
         check_machine(moe, machine())
+
+
+def test_a_taken_port_for_kv(tmp_path: Path, taken_port: int) -> None:
+    data = put(content(), "services/kv_transfer/mode", "layerwise")
+    with pytest.raises(MachineError, match=rf"^deployment\.prefill\.group1\.base_kv_port: port {taken_port} on "):
+        check_machine(plan(tmp_path, data, base_kv_port=taken_port), machine())
+    check_machine(plan(tmp_path, content(), base_kv_port=taken_port), machine())
+
+
+def test_this_user_s_key_is_made(tmp_path: Path, state_folder: Path) -> None:
+    unchecked = plan(tmp_path, content())
+    assert not state_folder.exists(), "to plan changes nothing"
+    check_machine(unchecked, machine())
+    made = (state_folder / "deployment.key").read_text()
+    check_machine(unchecked, machine())
+    assert (state_folder / "deployment.key").read_text() == made
+    (state_folder / "deployment.key").chmod(0o644)
+    with pytest.raises(MachineError, match=r"^services\.kv_transfer\.key_file: .* is open to other users"):
+        check_machine(unchecked, machine())
+
+
+def test_a_key_that_the_file_names_must_be_there(tmp_path: Path, state_folder: Path) -> None:
+    named = plan(tmp_path, put(content(), "services/kv_transfer/key_file", str(tmp_path / "key")))
+    with pytest.raises(MachineError) as caught:
+        check_machine(named, machine())
+    assert lines(caught.value) == [
+        f"services.kv_transfer.key_file: the deployment key {tmp_path / 'key'} cannot be read (No such file or "
+        "directory): name one that this user can read; or write the path of another key"
+    ]
+    load_or_make_key(tmp_path / "key")
+    check_machine(named, machine())
+    assert not state_folder.exists()
+
+
+def test_vllm_s_own_connectors_need_no_key(tmp_path: Path, state_folder: Path) -> None:
+    check_machine(plan(tmp_path, put(content(), "services/kv_transfer/connector", "nixl")), machine())
+    assert not state_folder.exists()
 
 
 def test_experts_over_dp_ranks_on_a_cpu(tmp_path: Path) -> None:

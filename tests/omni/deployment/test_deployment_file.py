@@ -24,6 +24,8 @@ def test_a_small_file_and_its_defaults(tmp_path: Path) -> None:
     assert deployment.services.prefill.max_model_len == 32000
     assert deployment.services.decode.max_model_len == 16384
     transfer = deployment.services.kv_transfer
+    assert (transfer.connector, transfer.transport, transfer.mode) == ("omni", "auto", "pull")
+    assert (transfer.key_file, transfer.num_connections, transfer.max_lease_s) == (None, 1, 600)
     assert (transfer.lease_s, transfer.load_timeout_s, transfer.load_failure_policy) == (30, 30, "recompute")
 
 
@@ -55,6 +57,7 @@ def test_group_names_of_both_styles(tmp_path: Path) -> None:
 
 PORT = "is not a port number; write a number from 1024 to 65535"
 COUNT = "is not a number of at least 1; write a whole number such as 1"
+CONNECTIONS = "is not a number of connections; write a whole number from 1 to 16"
 POSITIVE = "is not a number above 0; write a number such as 30 or 0.5"
 HOST = "is not an IPv4 address or host name; write one such as 127.0.0.1"
 DEVICES = 'is not a list of device numbers; write them without spaces or a trailing comma: "0,1,2,3"'
@@ -103,6 +106,22 @@ BLOCK = 'is not a block of NAME: text lines; write lines such as OMP_PROC_BIND: 
         ("backend", "ansible", "'ansible' is not in this version; write local"),
         ("backend", "ssh", "'ssh' is not known; write local"),
         ("services/kv_transfer/load_failure_policy", "x", "'x' is not known;"),
+        ("services/kv_transfer/connector", "lmcache", "'lmcache' is not known; write omni, nixl or mooncake"),
+        (
+            "services/kv_transfer/transport",
+            "rdma",
+            "'rdma' is not known; write auto, shared_memory, process_vm, tcp, hc",
+        ),
+        ("services/kv_transfer/mode", "push", "'push' is not known; write pull or layerwise"),
+        ("services/kv_transfer/num_connections", 0, f"0 {CONNECTIONS}"),
+        ("services/kv_transfer/num_connections", "17", f"'17' {CONNECTIONS}"),
+        ("services/kv_transfer/num_connections", True, f"True {CONNECTIONS}"),
+        ("services/kv_transfer/max_lease_s", 0, f"0 {POSITIVE}"),
+        ("services/kv_transfer/key_file", "", "'' is empty; write a value or delete the line"),
+        ("services/kv_transfer/key_file", 3, "3 is not text; put it in quotes"),
+        (f"{P1}/base_kv_port", 80, f"80 {PORT}"),
+        (f"{P1}/host 127.0.0.1/base_kv_port", "x", f"'x' {PORT}"),
+        ("services/kv_transfer/key", "x", "is not a known key; known here: connector, transport"),
         ("deployment/prefill", {}, "a block of keys holds no group; write at least one"),
         ("deployment/decode/d0x", {}, "'d0x' is not a group name; write group1, group2"),
         (P1, "127.0.0.1:9000", "is not a block of keys; write its keys on the following lines, indented"),

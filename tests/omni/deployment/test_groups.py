@@ -39,10 +39,13 @@ def test_an_empty_list_is_a_value(tmp_path: Path) -> None:
 
 
 def test_host_blocks(tmp_path: Path) -> None:
-    block = {"base_api_port": 8000, "master_port": 8500}
+    block = {"base_api_port": 8000, "master_port": 8500, "base_kv_port": 8600}
     one, two = groups(tmp_path, **{"host 127.0.0.1": block})
     assert (one.base_api_port("127.0.0.1"), one.master_port) == (8000, 8500)
     assert (two.base_api_port("127.0.0.1"), two.master_port) == (9010, 10010)
+    assert (one.base_kv_port("127.0.0.1"), two.base_kv_port("127.0.0.1")) == (8600, 11010)
+    own, _ = groups(tmp_path, base_kv_port=8700)
+    assert own.base_kv_port("127.0.0.1") == 8700
 
 
 def test_ranks_follow_the_devices() -> None:

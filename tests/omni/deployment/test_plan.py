@@ -5,14 +5,18 @@ import json
 import sys
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from kv_transfer.auth import load_or_make_key
+from kv_transfer.connector.settings import ConnectorSettings
 from omni.deployment.errors import ConfigError
 from omni.deployment.memory import GIB
 from omni.deployment.model_info import ModelInfo
 from omni.deployment.plan_types import ProcessPlan
+from services.global_proxy.__main__ import parse_arguments
 
 from .samples import content, lines, machine, model, planned, put
 
@@ -54,6 +58,7 @@ def test_one_prefill_one_decode(tmp_path: Path) -> None:
 
 def test_kv_transfer(tmp_path: Path) -> None:
     settings = {"lease_s": 5, "load_timeout_s": "2.5", "load_failure_policy": "fail", "checksum": True}
+    settings |= {"max_lease_s": 50, "transport": "tcp", "num_connections": "4", "key_file": "/etc/omni/key"}
     prefill, decode, _ = planned(tmp_path, put(content(), "services/kv_transfer", settings)).processes
     assert kv_config(prefill) == {
         "kv_connector": "OmniConnector",
@@ -63,13 +68,113 @@ def test_kv_transfer(tmp_path: Path) -> None:
         "kv_load_failure_policy": "fail",
         "kv_connector_extra_config": {
             "listen_host": "127.0.0.1",
+            "transport": "tcp",
+            "mode": "pull",
+            "num_connections": 4,
             "lease_s": 5.0,
+            "max_lease_s": 50.0,
             "load_timeout_s": 2.5,
             "checksum": True,
+            "key_file": "/etc/omni/key",
         },
     }
     assert kv_config(decode)["kv_role"] == "kv_consumer"
     assert kv_config(decode)["engine_id"] == "trial.decode.group1.rank0"
+
+
+def test_what_the_plan_says_our_connector_understands(tmp_path: Path) -> None:
+    load_or_make_key(tmp_path / "key")
+    for kv_transfer in ({}, {"mode": "layerwise", "key_file": str(tmp_path / "key")}):
+        for process in planned(tmp_path, put(content(), "services/kv_transfer", kv_transfer)).processes[:2]:
+            config = kv_config(process)
+            vllm_config: Any = SimpleNamespace(
+                kv_transfer_config=SimpleNamespace(
+                    engine_id="e",
+                    is_kv_producer=config["kv_role"] == "kv_producer",
+                    is_kv_consumer=config["kv_role"] == "kv_consumer",
+                    kv_connector_extra_config=config["kv_connector_extra_config"],
+                ),
+                parallel_config=SimpleNamespace(
+                    tensor_parallel_size=1, pipeline_parallel_size=1, decode_context_parallel_size=1
+                ),
+                cache_config=SimpleNamespace(block_size=16),
+            )
+            of = ConnectorSettings.of(vllm_config)
+            assert (of.mode, of.listen_port) == (kv_transfer.get("mode", "pull"), process.kv_port or 0)
+
+
+def test_our_connector_needs_no_planned_port_to_pull(tmp_path: Path) -> None:
+    prefill, decode, proxy = planned(tmp_path, content()).processes
+    assert (prefill.kv_port, decode.kv_port, prefill.kv_address) == (None, None, None)
+    assert "listen_port" not in kv_config(prefill)["kv_connector_extra_config"]
+    assert not {"--connector", "--key-file", "--mode"} & set(proxy.command)
+
+
+def test_layer_by_layer_the_proxy_knows_where_prefill_is_asked(tmp_path: Path) -> None:
+    data = put(content(2), "services/kv_transfer", {"mode": "layerwise", "key_file": "/etc/omni/key"})
+    put(data, "services/prefill/data_parallel_size", 2)
+    put(data, "deployment/prefill/group2/base_kv_port", 5000)
+    plan = planned(tmp_path, data)
+    prefill = [process for process in plan.processes if process.role == "prefill"]
+    assert [process.kv_port for process in prefill] == [11000, 11001, 5000, 5001]
+    assert [kv_config(p)["kv_connector_extra_config"]["listen_port"] for p in prefill] == [11000, 11001, 5000, 5001]
+    assert plan.instance("decode", "group1")[0].kv_port is None
+    assert plan.proxy.command[-12:] == (
+        *("--key-file", "/etc/omni/key", "--mode", "layerwise"),
+        *("--kv-address", "127.0.0.1:11000", "--kv-address", "127.0.0.1:11001"),
+        *("--kv-address", "127.0.0.1:5000", "--kv-address", "127.0.0.1:5001"),
+    )
+
+
+def test_nixl(tmp_path: Path) -> None:
+    data = put(content(), "services/kv_transfer", {"connector": "nixl", "lease_s": 60})
+    plan = planned(tmp_path, put(data, "services/prefill/data_parallel_size", 2))
+    zero, one, decode = plan.processes[:3]
+    assert kv_config(one) == {
+        "kv_connector": "NixlConnector",
+        "kv_role": "kv_producer",
+        "engine_id": "trial.prefill.group1.rank1",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"kv_lease_duration": 60},
+    }
+    assert kv_config(decode)["kv_role"] == "kv_consumer"
+    assert [p.env["VLLM_NIXL_SIDE_CHANNEL_PORT"] for p in (zero, one, decode)] == ["11000", "11001", "11500"]
+    assert [p.env["VLLM_NIXL_SIDE_CHANNEL_HOST"] for p in (zero, one, decode)] == ["127.0.0.1"] * 3
+    assert plan.proxy.command[-2:] == ("--connector", "nixl")
+
+
+def test_vllm_adds_the_rank_to_nixl_s_port_where_ranks_run_in_step(tmp_path: Path) -> None:
+    data = put(content(), "services/kv_transfer/connector", "nixl")
+    plan = planned(tmp_path, put(data, "services/prefill/data_parallel_size", 2), of=MOE)
+    _, one, decode = plan.processes[:3]
+    assert (one.kv_port, one.env["VLLM_NIXL_SIDE_CHANNEL_PORT"]) == (11001, "11000")
+    assert (decode.kv_port, decode.env["VLLM_NIXL_SIDE_CHANNEL_PORT"]) == (11500, "11500")
+
+
+def test_mooncake(tmp_path: Path) -> None:
+    plan = planned(tmp_path, put(content(2), "services/kv_transfer/connector", "mooncake"))
+    one, two, decode, proxy = plan.processes
+    assert kv_config(two) == {
+        "kv_connector": "MooncakeConnector",
+        "kv_role": "kv_producer",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"mooncake_protocol": "tcp"},
+    }
+    assert value(two, "--worker-extension-cls").startswith("omni.adaptors.vllm.mooncake_on_cpu.")
+    assert {p.env["VLLM_HOST_IP"] for p in (one, two, decode)} == {"127.0.0.1"}
+    assert [p.env.get("VLLM_MOONCAKE_BOOTSTRAP_PORT") for p in (one, two, decode)] == ["11000", "11010", None]
+    assert proxy.command[-6:] == (
+        *("--connector", "mooncake"),
+        *("--bootstrap", "http://127.0.0.1:11000", "--bootstrap", "http://127.0.0.1:11010"),
+    )
+    npu = planned(tmp_path, put(put(content(), "platform", "npu"), "services/kv_transfer/connector", "mooncake"))
+    assert kv_config(npu.processes[0])["kv_connector_extra_config"] == {}
+
+
+def test_the_proxy_understands_its_arguments(tmp_path: Path) -> None:
+    for kv_transfer in ({}, {"connector": "nixl"}, {"connector": "mooncake"}, {"key_file": "/k"}):
+        proxy = planned(tmp_path, put(content(2), "services/kv_transfer", kv_transfer)).proxy
+        parse_arguments(proxy.arguments)
 
 
 def test_dense_dp_ranks_are_on_their_own(tmp_path: Path) -> None:
@@ -107,6 +212,18 @@ def test_tensor_parallel(tmp_path: Path) -> None:
     assert decode.cpu_cores == (2, 3, 4, 5, 6, 7)
     assert decode.kv_bytes == 3 * GIB
     assert value(decode, "--kv-cache-memory-bytes") == str(GIB)
+
+
+def test_pipeline_parallel(tmp_path: Path) -> None:
+    data = put(put(content(), "services/prefill/pipeline_parallel_size", 2), "services/prefill/kv_cache_gib", 4)
+    prefill, decode, _ = planned(tmp_path, put(data, "services/prefill/tensor_parallel_size", 2)).processes
+    assert value(prefill, "--pipeline-parallel-size") == "2"
+    assert prefill.env["VLLM_CPU_OMP_THREADS_BIND"].count("|") == 3, "cores for each of four workers"
+    assert value(prefill, "--kv-cache-memory-bytes") == str(GIB)
+    assert "--enforce-eager" not in prefill.command, "vLLM's stages on a CPU need the warm-up that it leaves out"
+    assert json.loads(value(prefill, "--compilation-config"))["backend"] == "eager"
+    assert "--pipeline-parallel-size" not in decode.command
+    assert "--enforce-eager" in decode.command
 
 
 def test_lengths_default_to_what_the_model_can_do(tmp_path: Path) -> None:
@@ -216,6 +333,12 @@ def test_arguments_that_the_plan_sets(tmp_path: Path, argument: str, rest: str) 
             "deployment/decode/group1/env",
             {"VLLM_CPU_KVCACHE_SPACE": 3},
             "deployment.decode.group1.env.VLLM_CPU_KVCACHE_SPACE: is set by the plan; delete it",
+        ),
+        (
+            "services",
+            content()["services"]
+            | {"kv_transfer": {"connector": "nixl"}, "decode": {"env": {"VLLM_NIXL_SIDE_CHANNEL_PORT": 1}}},
+            "services.decode.env.VLLM_NIXL_SIDE_CHANNEL_PORT: is set by the plan; delete it",
         ),
         (
             "deployment/prefill/group1/hosts",

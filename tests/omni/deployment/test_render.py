@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from kv_transfer.auth import load_or_make_key
 from omni.deployment.render import HIDDEN, plan_as_dict, plan_table, shown_command
 
 from .samples import content, planned, put
@@ -30,6 +31,18 @@ def test_the_dictionary(tmp_path: Path) -> None:
     assert first["command"] == list(plan.processes[0].command)
     assert first["env"] == plan.processes[0].env
     assert (first["cpu_cores"], first["kv_bytes"]) == ([0], plan.processes[0].kv_bytes)
+
+
+def test_the_deployment_key_is_in_no_plan(tmp_path: Path) -> None:
+    load_or_make_key(tmp_path / "key")
+    secret = (tmp_path / "key").read_text().strip()
+    data = put(content(), "services/kv_transfer", {"key_file": str(tmp_path / "key"), "mode": "layerwise"})
+    plan = planned(tmp_path, data)
+    shown = plan_as_dict(plan)
+    assert (shown["connector"], shown["key_file"]) == ("omni", str(tmp_path / "key"))
+    assert [process["kv_address"] for process in shown["processes"]] == ["127.0.0.1:11000", None, None]
+    assert secret not in json.dumps(shown)
+    assert secret not in repr(plan)
 
 
 def test_secrets_show_nowhere(tmp_path: Path) -> None:

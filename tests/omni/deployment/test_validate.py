@@ -46,13 +46,13 @@ P1, P2, D1 = "deployment/prefill/group1", "deployment/prefill/group2", "deployme
             },
             "deployment.prefill.group1.data_parallel_size: 2 DP ranks with 2 devices each need 4, "
             "ascend_rt_visible_devices lists 3 on 1 host(s); "
-            "lower data_parallel_size or tensor_parallel_size, or list more devices",
+            "lower data_parallel_size, tensor_parallel_size or pipeline_parallel_size, or list more devices",
         ),
         (
             {f"{P1}/ascend_rt_visible_devices": "0", "services/prefill/data_parallel_size": 2},
             "services.prefill.data_parallel_size: 2 DP ranks with 1 devices each need 2, "
             "ascend_rt_visible_devices lists 1 on 1 host(s); "
-            "lower data_parallel_size or tensor_parallel_size, or list more devices",
+            "lower data_parallel_size, tensor_parallel_size or pipeline_parallel_size, or list more devices",
         ),
         (
             {f"{D1}/base_api_port": 9001, "services/prefill/data_parallel_size": 2},
@@ -92,6 +92,67 @@ P1, P2, D1 = "deployment/prefill/group1", "deployment/prefill/group2", "deployme
             {f"{P1}/base_api_port": 65000},
             "deployment.prefill.group1.master_port: port 66000 is above 65535; write a lower port",
         ),
+        (
+            {"services/kv_transfer/connector": "nixl", f"{D1}/base_api_port": 11000},
+            "deployment.decode.group1.base_api_port: port 11000 on 127.0.0.1 overlaps "
+            "deployment.prefill.group1.base_kv_port (11000); give each its own ports",
+        ),
+        (
+            {"services/kv_transfer/mode": "layerwise", f"{P1}/base_kv_port": 7000},
+            "deployment.proxy.listen_port: port 7000 on 127.0.0.1 overlaps "
+            "deployment.prefill.group1.base_kv_port (7000); give each its own ports",
+        ),
+        (
+            {"services/kv_transfer/connector": "mooncake", f"{P1}/host 127.0.0.1": {"base_kv_port": 9500}},
+            "deployment.decode.group1.base_api_port: port 9500 on 127.0.0.1 overlaps "
+            "deployment.prefill.group1.host 127.0.0.1.base_kv_port (9500); give each its own ports",
+        ),
+        (
+            {"services/kv_transfer/mode": "layerwise", f"{P1}/base_api_port": 63999, f"{P1}/master_port": 2000},
+            "deployment.prefill.group1.base_kv_port: port 65999 is above 65535; write a lower port",
+        ),
+        *(
+            (
+                {"services/kv_transfer": {"connector": connector, name: value}},
+                f"services.kv_transfer.{name}: means nothing to connector {connector}; "
+                "delete it, or write connector: omni",
+            )
+            for connector, name, value in [
+                ("nixl", "transport", "auto"),
+                ("nixl", "mode", "layerwise"),
+                ("nixl", "key_file", "/k"),
+                ("nixl", "num_connections", 1),
+                ("nixl", "max_lease_s", 3),
+                ("nixl", "load_timeout_s", 3),
+                ("nixl", "checksum", False),
+                ("mooncake", "lease_s", 30),
+                ("mooncake", "transport", "mooncake"),
+            ]
+        ),
+        *(
+            (
+                {"services/kv_transfer": {"connector": "nixl", "lease_s": lease_s}},
+                f"services.kv_transfer.lease_s: {lease_s} is not a whole number of at least 6, as connector nixl wants "
+                "it; write a number such as 30",
+            )
+            for lease_s in (5, 7.5)
+        ),
+        *(
+            (
+                {"services/kv_transfer": {"checksum": True, "transport": transport}},
+                f"services.kv_transfer.checksum: true, and transport {transport} has no checksums; "
+                "write false, or another transport",
+            )
+            for transport in ("mooncake", "shared_memory", "process_vm")
+        ),
+        (
+            {"services/kv_transfer/max_lease_s": 29},
+            "services.kv_transfer.max_lease_s: 29 is less than lease_s, which is 30; write at least as much",
+        ),
+        (
+            {"services/kv_transfer/lease_s": 601},
+            "services.kv_transfer.max_lease_s: 600 is less than lease_s, which is 601; write at least as much",
+        ),
     ],
 )
 def test_a_broken_rule(tmp_path: Path, changes: dict[str, Any], line: str) -> None:
@@ -111,6 +172,25 @@ def test_equal_ports_on_different_hosts_are_fine(tmp_path: Path) -> None:
 def test_the_highest_port(tmp_path: Path) -> None:
     data = put(content(), f"{P1}/base_api_port", 65534)
     loaded(tmp_path, put(put(data, f"{P1}/master_port", 2000), "services/prefill/data_parallel_size", 2))
+
+
+@pytest.mark.parametrize(
+    "kv_transfer",
+    [
+        {"connector": "nixl", "lease_s": 6, "load_failure_policy": "fail"},
+        {"connector": "mooncake", "load_failure_policy": "fail"},
+        {"checksum": True, "transport": "hccl"},
+        {"checksum": True},
+        {"lease_s": 30, "max_lease_s": 30},
+        {"transport": "mooncake", "checksum": False},
+    ],
+)
+def test_ways_to_transfer(tmp_path: Path, kv_transfer: dict[str, Any]) -> None:
+    loaded(tmp_path, put(content(), "services/kv_transfer", kv_transfer))
+
+
+def test_a_port_that_nobody_listens_on_is_free(tmp_path: Path) -> None:
+    loaded(tmp_path, put(put(content(), f"{P1}/base_kv_port", 9500), f"{P1}/base_api_port", 64000))
 
 
 def test_devices_do_not_matter_on_a_cpu(tmp_path: Path) -> None:

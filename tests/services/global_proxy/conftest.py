@@ -3,18 +3,21 @@
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 
+from kv_transfer.auth import load_or_make_key
 from services.global_proxy.__main__ import DrainingServer, make_server
 from services.global_proxy.app import Proxy
 from services.global_proxy.settings import Settings
 from tests.standins.engine import StandinEngine
+from tests.standins.lease_holder import LeaseHolder
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -80,8 +83,25 @@ Deploy = Callable[..., Awaitable[Deployment]]
 
 
 @pytest.fixture
-async def deploy() -> AsyncIterator[Deploy]:
-    """deploy(num_prefill, num_decode, extra_prefill_urls=(), extra_decode_urls=(), **settings): closed at the end."""
+def key_file(tmp_path: Path) -> Path:
+    """Where the proxies of `deploy` keep the deployment key."""
+    return tmp_path / "deployment.key"
+
+
+@pytest.fixture
+def lease_holder(key_file: Path) -> Iterator[LeaseHolder]:
+    """A P's leases, under the key of the proxies of `deploy`."""
+    holder = LeaseHolder(load_or_make_key(key_file))
+    yield holder
+    holder.close()
+
+
+@pytest.fixture
+async def deploy(key_file: Path) -> AsyncIterator[Deploy]:
+    """deploy(num_prefill, num_decode, extra_prefill_urls=(), extra_decode_urls=(), **settings): closed at the end.
+
+    A stand-in P is its own bootstrap server.
+    """
     async with AsyncExitStack() as stack:
 
         async def start(
@@ -93,10 +113,13 @@ async def deploy() -> AsyncIterator[Deploy]:
         ) -> Deployment:
             prefill = [await stack.enter_async_context(StandinEngine(f"p{i}")) for i in range(num_prefill)]
             decode = [await stack.enter_async_context(StandinEngine(f"d{i}")) for i in range(num_decode)]
+            prefill_urls = (*extra_prefill_urls, *(e.url for e in prefill))
             proxy = Proxy(
                 Settings(
-                    prefill_urls=(*extra_prefill_urls, *(e.url for e in prefill)),
+                    prefill_urls=prefill_urls,
                     decode_urls=(*extra_decode_urls, *(e.url for e in decode)),
+                    bootstrap_urls=prefill_urls if settings.get("connector") == "mooncake" else (),
+                    key_file=key_file,
                     **settings,
                 )
             )

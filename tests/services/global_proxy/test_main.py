@@ -3,7 +3,9 @@
 import asyncio
 import signal
 import socket
+import subprocess
 import sys
+from pathlib import Path
 
 import aiohttp
 import pytest
@@ -20,7 +22,15 @@ def test_arguments() -> None:
     assert (host, port) == ("127.0.0.1", 9)
     assert settings.prefill_urls == ("http://a:1", "http://b:1")
     assert settings.decode_urls == ("http://c:1",)
+    assert settings.connector == "omni"
     assert settings.request_timeout_s == 600
+
+
+def test_arguments_for_mooncake() -> None:
+    arguments = ["--prefill", "http://a:1", "--decode", "http://c:1", "--connector", "mooncake"]
+    _, _, settings = parse_arguments([*arguments, "--bootstrap", "http://a:8998/"])
+    assert settings.connector == "mooncake"
+    assert settings.bootstrap_urls == ("http://a:8998",)
 
 
 @pytest.mark.parametrize(
@@ -32,6 +42,24 @@ def test_arguments() -> None:
         (["--prefill", "http://a:1", "--prefill", "http://a:1", "--decode", "http://c:1"], "given twice"),
         (["--prefill", "http://a:1", "--decode", "http://c:1", "--request-timeout-s", "0"], "request_timeout_s"),
         (["--prefill", "http://a:1"], "--decode"),
+        (["--prefill", "http://a:1", "--decode", "http://c:1", "--connector", "mooncake"], "one for each --prefill"),
+        (
+            ["--prefill", "http://a:1", "--decode", "http://c:1", "--bootstrap", "http://a:2"],
+            "only --connector mooncake",
+        ),
+        (
+            ["--prefill", "http://a:1", "--decode", "http://c:1", "--mode", "layerwise"],
+            "--kv-address: --mode layerwise",
+        ),
+        (["--prefill", "http://a:1", "--decode", "http://c:1", "--kv-address", "a:2"], "only --mode layerwise"),
+        (["--prefill", "http://a:1", "--decode", "http://c:1", "--kv-address", "a"], "must be HOST:PORT"),
+        (["--prefill", "http://a:1", "--decode", "http://c:1", "--kv-address", "http://a:2"], "must be HOST:PORT"),
+        (
+            ["--prefill", "http://a:1", "--decode", "http://c:1", "--mode", "layerwise", "--connector", "nixl"],
+            "--connector nixl cannot",
+        ),
+        (["--prefill", "http://a:1", "--decode", "http://c:1", "--bootstrap", "a:2"], "--bootstrap 'a:2'"),
+        (["--prefill", "http://a:1", "--decode", "http://c:1", "--connector", "lmcache"], "--connector"),
     ],
 )
 def test_wrong_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,13 +68,25 @@ def test_wrong_arguments(arguments: list[str], message: str, capsys: pytest.Capt
     assert message in capsys.readouterr().err
 
 
+def test_a_key_file_that_others_may_read(tmp_path: Path) -> None:
+    key_file = tmp_path / "key"
+    key_file.write_text("0" * 64)
+    key_file.chmod(0o644)
+    arguments = ["--prefill", "http://a:1", "--decode", "http://c:1", "--key-file", str(key_file)]
+    command = [sys.executable, "-m", "services.global_proxy", *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert run.returncode == 2
+    assert "--key-file" in run.stderr
+    assert f"chmod 600 {key_file}" in run.stderr
+
+
 def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
 
 
-async def test_sigterm_drains_then_stops() -> None:
+async def test_sigterm_drains_then_stops(tmp_path: Path) -> None:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     async with (
@@ -58,6 +98,7 @@ async def test_sigterm_drains_then_stops() -> None:
         engine.gate.clear()
         engine.gate_after = 1
         arguments = ["--port", str(port), "--prefill", prefill.url, "--decode", engine.url]
+        arguments += ["--key-file", str(tmp_path / "key")]
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "services.global_proxy", *arguments, stderr=asyncio.subprocess.PIPE
         )

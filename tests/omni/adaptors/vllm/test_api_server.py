@@ -1,9 +1,13 @@
 """What the api server does before it imports vLLM."""
 
+import json
 import os
+import warnings
+from pathlib import Path
 
 import pytest
 
+from omni.adaptors.vllm import api_server, hand_off_guard
 from omni.adaptors.vllm.api_server import _hide_data_parallel_variables
 
 
@@ -20,3 +24,24 @@ def test_vllm_reads_the_data_parallel_variables_of_an_moe_model_alone(
     assert ("VLLM_DP_SIZE" in os.environ) is is_visible
     assert ("VLLM_DP_RANK" in os.environ) is is_visible
     assert os.environ["VLLM_LOGGING_LEVEL"] == "INFO"
+
+
+def test_no_server_without_its_guard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM reads the arguments; then the key is missing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's and vLLM's own, at import
+        import vllm.entrypoints.launchers.api_server.entry as entry
+
+    installed = []
+    install = hand_off_guard.install
+    monkeypatch.setattr(entry, "run_server", lambda args: pytest.fail("served"))
+    monkeypatch.setattr(api_server.fork_start, "use_fork", lambda: None)
+    monkeypatch.setattr(hand_off_guard, "install", lambda args: installed.append(args) or install(args))
+    transfer = {
+        "kv_connector": "OmniConnector",
+        "kv_role": "kv_producer",
+        "kv_connector_extra_config": {"key_file": str(tmp_path / "none")},
+    }
+    with pytest.raises(SystemExit, match=r"the deployment key .*none cannot be read"):
+        api_server.serve(["--model", "m", "--kv-transfer-config", json.dumps(transfer)])
+    assert len(installed) == 1

@@ -1,0 +1,506 @@
+import math
+import random
+import threading
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from kv_transfer.prefill import lease as lease_module
+from kv_transfer.prefill.lease import Lease, LeaseCounts, LeaseTable
+
+LEASE_S = 30.0
+MAX_LEASE_S = 100.0
+
+
+class Clock:
+    """A clock that the test winds."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class Changes:
+    def __init__(self) -> None:
+        self.num = 0
+
+    def __call__(self) -> None:
+        self.num += 1
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def changes() -> Changes:
+    return Changes()
+
+
+@pytest.fixture
+def table(clock: Clock, changes: Changes) -> LeaseTable:
+    return LeaseTable(lease_s=LEASE_S, max_lease_s=MAX_LEASE_S, on_change=changes, clock=clock)
+
+
+def returned(table: LeaseTable) -> list[tuple[int, ...]]:
+    return [lease.block_ids for lease in table.take_ended()]
+
+
+# --- reads
+
+
+def test_the_last_read_ends_the_lease_and_gives_its_blocks_back_once(table: LeaseTable) -> None:
+    lease = table.grant([5, 3, 8], num_readers=1)
+    assert len(table) == 1
+    assert not table.has_ended
+    assert table.end_read(lease.lease_id, "reader", 0, 1)
+    assert len(table) == 0
+    assert table.has_ended
+    assert returned(table) == [(5, 3, 8)]
+    assert not table.has_ended
+    assert returned(table) == []
+
+
+def test_a_read_of_an_ended_or_unknown_lease_is_void(table: LeaseTable) -> None:
+    lease = table.grant([1], num_readers=1)
+    assert table.end_read(lease.lease_id, "reader", 0, 1)
+    assert not table.end_read(lease.lease_id, "late reader", 0, 1)
+    assert not table.end_read("no such lease", "reader", 0, 1)
+    assert not table.end_read("no such lease", "reader", None, 1)
+    assert len(table.take_ended()) == 1
+
+
+@pytest.mark.parametrize(("num_readers", "num_ranks"), [(1, 1), (3, 1), (1, 4), (3, 2)])
+def test_every_reader_on_every_rank_must_end(table: LeaseTable, num_readers: int, num_ranks: int) -> None:
+    lease = table.grant([1, 2], num_readers)
+    reads = [(f"reader-{reader}", rank) for reader in range(num_readers) for rank in range(num_ranks)]
+    random.Random(1).shuffle(reads)
+    for reader, rank in reads:
+        assert not table.has_ended
+        assert table.end_read(lease.lease_id, reader, rank, num_ranks)
+    assert table.has_ended
+
+
+def test_readers_may_differ_in_ranks(table: LeaseTable) -> None:
+    lease = table.grant([1], num_readers=2)
+    assert table.end_read(lease.lease_id, "wide", 1, 2)
+    assert table.end_read(lease.lease_id, "narrow", 0, 1)
+    assert not table.has_ended
+    assert table.end_read(lease.lease_id, "wide", 0, 2)
+    assert table.has_ended
+
+
+def test_ending_the_same_read_twice_counts_once(table: LeaseTable) -> None:
+    lease = table.grant([1], num_readers=2)
+    for _ in range(5):
+        assert table.end_read(lease.lease_id, "reader", 1, 2)
+    assert table.end_read(lease.lease_id, "reader", 0, 2)
+    for rank in (0, 1, None):
+        assert table.end_read(lease.lease_id, "reader", rank, 2)
+    assert not table.has_ended
+    assert table.end_read(lease.lease_id, "other", None, 2)
+    assert table.has_ended
+
+
+def test_no_rank_means_every_rank(table: LeaseTable) -> None:
+    lease = table.grant([1], num_readers=2)
+    assert table.end_read(lease.lease_id, "first", None, 4)
+    assert not table.has_ended
+    assert table.end_read(lease.lease_id, "second", 3, 4)
+    assert table.end_read(lease.lease_id, "second", None, 4)
+    assert table.has_ended
+
+
+def test_a_lease_that_nobody_needs_is_ended_whoever_has_read(table: LeaseTable, changes: Changes) -> None:
+    lease = table.grant([1, 2], num_readers=3)
+    table.end_read(lease.lease_id, "reader", 0, 1)
+    assert table.end(lease.lease_id)
+    assert changes.num == 2
+    assert not table.end(lease.lease_id)
+    assert not table.end("no such lease")
+    assert not table.end_read(lease.lease_id, "late reader", 0, 1)
+    assert returned(table) == [(1, 2)]
+    assert table.take_counts() == LeaseCounts(granted=1, released=1, expired=0)
+
+
+# --- time
+
+
+def test_the_deadline_itself_is_too_late(table: LeaseTable, clock: Clock) -> None:
+    lease = table.grant([1], num_readers=1)
+    clock.now_s += LEASE_S
+    assert not table.end_read(lease.lease_id, "reader", 0, 1)
+    assert table.take_counts() == LeaseCounts(granted=1, released=0, expired=1)
+
+
+def test_just_before_the_deadline_is_in_time(table: LeaseTable, clock: Clock) -> None:
+    lease = table.grant([1], num_readers=1)
+    clock.now_s += LEASE_S - 0.001
+    table.expire()
+    assert table.end_read(lease.lease_id, "reader", 0, 1)
+
+
+def test_expiry_ends_only_the_leases_whose_time_is_up(table: LeaseTable, clock: Clock) -> None:
+    table.grant([1], num_readers=1)
+    clock.now_s += 10
+    younger = table.grant([2], num_readers=1)
+    assert table.seconds_to_expiry() == LEASE_S - 10
+    clock.now_s += LEASE_S - 10
+    assert table.seconds_to_expiry() == 0
+    table.expire()
+    assert returned(table) == [(1,)]
+    assert table.seconds_to_expiry() == 10
+    clock.now_s += 100
+    assert table.seconds_to_expiry() == 0  # never negative
+    assert table.end_read(younger.lease_id, "reader", 0, 1) is False
+    assert table.seconds_to_expiry() is None
+
+
+def test_an_extension_gives_the_lease_its_time_again(table: LeaseTable, clock: Clock) -> None:
+    lease = table.grant([1], num_readers=1)
+    other = table.grant([2], num_readers=1)
+    clock.now_s += LEASE_S - 1
+    assert table.extend([lease.lease_id, "no such lease"]) == [lease.lease_id]
+    assert table.extend([]) == []
+    clock.now_s += LEASE_S - 1
+    assert not table.end_read(other.lease_id, "reader", 0, 1)
+    assert table.end_read(lease.lease_id, "reader", 0, 1)
+
+
+def test_extensions_end_at_the_longest_life(table: LeaseTable, clock: Clock) -> None:
+    lease = table.grant([1], num_readers=1)
+    for _ in range(99):
+        clock.now_s += 1
+        assert table.extend([lease.lease_id]) == [lease.lease_id]
+    assert table.seconds_to_expiry() == MAX_LEASE_S - 99
+    clock.now_s += 1
+    assert table.extend([lease.lease_id]) == []
+    assert returned(table) == [(1,)]
+
+
+def test_an_ended_lease_is_not_extended(table: LeaseTable, clock: Clock) -> None:
+    lease = table.grant([1], num_readers=1)
+    clock.now_s += LEASE_S
+    assert table.extend([lease.lease_id]) == []
+    assert returned(table) == [(1,)]
+    assert not table.end_read(lease.lease_id, "reader", 0, 1)
+
+
+# --- early leases
+
+
+def test_an_early_lease_lives_until_its_prompt_is_computed_and_then_for_its_time(
+    table: LeaseTable, clock: Clock
+) -> None:
+    assert table.open_early("ticket", num_readers=1)
+    assert table.seconds_to_expiry() is None
+    clock.now_s += 100 * MAX_LEASE_S
+    assert table.extend(["ticket"]) == ["ticket"]
+    table.expire()
+    assert len(table) == 1
+    assert table.fill("ticket", [4, 2])
+    assert table.seconds_to_expiry() == LEASE_S
+    clock.now_s += LEASE_S
+    table.expire()
+    (ended,) = table.take_ended()
+    assert ended.block_ids == (4, 2)
+    assert ended.was_early
+    assert not table.fill("ticket", [4, 2])
+
+
+def test_its_longest_life_counts_from_when_it_was_computed(table: LeaseTable, clock: Clock) -> None:
+    table.open_early("ticket", num_readers=1)
+    clock.now_s += 10 * MAX_LEASE_S
+    table.fill("ticket", [1])
+    for _ in range(99):
+        clock.now_s += 1
+        assert table.extend(["ticket"]) == ["ticket"]
+    clock.now_s += 1
+    assert table.extend(["ticket"]) == []
+
+
+@pytest.mark.parametrize("how", ["read", "end"])
+def test_an_early_lease_may_end_before_its_prompt_is_computed(table: LeaseTable, how: str) -> None:
+    table.open_early("ticket", num_readers=1)
+    ended = table.end("ticket") if how == "end" else table.end_read("ticket", "reader", None, 1)
+    assert ended
+    assert returned(table) == [()]
+    assert not table.fill("ticket", [1, 2])  # its blocks are the caller's
+    assert returned(table) == []
+
+
+def test_an_id_stands_for_one_generation_of_blocks(table: LeaseTable) -> None:
+    """A ticket that is used again opens nothing: a read under the first lease would pass for one under the second."""
+    assert table.open_early("ticket", num_readers=1)
+    assert not table.open_early("ticket", num_readers=1)
+    table.end("ticket")
+    assert not table.open_early("ticket", num_readers=1)
+    assert not table.end_read("ticket", "reader", None, 1)
+    assert table.take_counts() == LeaseCounts(granted=1, released=1)
+
+
+def test_of_used_ids_only_so_many_are_remembered(table: LeaseTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease_module, "_MAX_EARLY_IDS", 3)
+    for index in range(10):
+        assert table.open_early(str(index), num_readers=1)
+    assert not table.open_early("9", num_readers=1)
+    assert len(table._early_ids) == 3
+
+
+# --- waking
+
+
+def test_on_change_is_called_for_the_first_lease_and_for_each_end(
+    table: LeaseTable, clock: Clock, changes: Changes
+) -> None:
+    first = table.grant([1], num_readers=1)
+    assert changes.num == 1
+    table.grant([2], num_readers=1)  # the sleeper already sleeps no longer than until the first one's deadline
+    assert changes.num == 1
+    table.end_read(first.lease_id, "reader", 0, 1)
+    assert changes.num == 2
+    table.expire()
+    assert changes.num == 2
+    clock.now_s += LEASE_S
+    table.expire()
+    assert changes.num == 3
+    table.grant([3], num_readers=1)
+    assert changes.num == 4
+
+
+def test_the_sleeper_is_woken_for_the_first_lease_that_can_expire(table: LeaseTable, changes: Changes) -> None:
+    """Beside early leases, which cannot, it sleeps without a limit."""
+    table.open_early("one", num_readers=1)
+    assert changes.num == 0
+    table.grant([1], num_readers=1)
+    assert changes.num == 1
+    table.fill("one", [2])
+    assert changes.num == 2
+
+
+def test_on_change_is_called_without_the_lock(clock: Clock) -> None:
+    sizes: list[int] = []
+    own = LeaseTable(
+        lease_s=LEASE_S,
+        max_lease_s=MAX_LEASE_S,
+        on_change=lambda: sizes.append(len(own.take_ended())),
+        clock=clock,
+    )
+    lease = own.grant([1], num_readers=1)
+    own.end_read(lease.lease_id, "reader", 0, 1)
+    own.open_early("ticket", 1)
+    own.fill("ticket", [1])
+    own.end("ticket")
+    assert sizes == [0, 1, 0, 1]
+
+
+# --- the rest
+
+
+def test_counts_are_taken_once(table: LeaseTable, clock: Clock) -> None:
+    read = table.grant([1], num_readers=1)
+    table.grant([2], num_readers=1)
+    table.end_read(read.lease_id, "reader", 0, 1)
+    clock.now_s += LEASE_S
+    table.expire()
+    assert table.take_counts() == LeaseCounts(granted=2, released=1, expired=1)
+    assert table.take_counts() == LeaseCounts()
+
+
+def test_lease_ids_cannot_be_guessed(table: LeaseTable) -> None:
+    ids = {table.grant([1], num_readers=1).lease_id for _ in range(1000)}
+    assert len(ids) == 1000
+    assert all(len(lease_id) == 32 for lease_id in ids)
+
+
+def test_a_lease_for_nobody_is_our_own_mistake(table: LeaseTable) -> None:
+    with pytest.raises(AssertionError):
+        Lease(lease_id="x", block_ids=(1,), num_readers=0, granted_at=0.0, deadline=0.0)
+    with pytest.raises(AssertionError):
+        table.grant([1], num_readers=0)
+
+
+def test_every_lease_ends_exactly_once_under_threads(clock: Clock) -> None:
+    """Granting, filling, ending, expiring and taking back race; each block comes back once."""
+    num_leases, num_readers, num_ranks = 400, 2, 2
+    table = LeaseTable(lease_s=LEASE_S, max_lease_s=MAX_LEASE_S, on_change=lambda: None, clock=clock)
+    granted: list[str] = []
+    back: list[int] = []
+    done = threading.Event()
+
+    def until_done(act: str) -> None:
+        rng = random.Random(act)
+        while not done.is_set():
+            lease_id = rng.choice(granted) if granted else ""
+            if act == "expire":
+                clock.now_s += LEASE_S / 50
+                table.expire()
+                table.seconds_to_expiry()
+            elif act == "take back":
+                back.extend(block_id for lease in table.take_ended() for block_id in lease.block_ids)
+            elif act == "end":
+                table.end(lease_id)
+            elif act == "extend":
+                table.extend([lease_id])
+            else:
+                table.end_read(lease_id, f"reader-{rng.randrange(num_readers)}", rng.randrange(num_ranks), num_ranks)
+
+    acts = ["expire", "take back", "end", "extend", "read 1", "read 2"]
+    threads = [threading.Thread(target=until_done, args=(act,)) for act in acts]
+    for thread in threads:
+        thread.start()
+    for block_id in range(num_leases):
+        if block_id % 2:
+            granted.append(table.grant([block_id], num_readers).lease_id)
+        else:
+            table.open_early(f"early-{block_id}", num_readers)
+            granted.append(f"early-{block_id}")
+            if not table.fill(f"early-{block_id}", [block_id]):
+                back.append(block_id)
+    done.set()
+    for thread in threads:
+        thread.join(timeout=10)
+    clock.now_s += LEASE_S + MAX_LEASE_S
+    table.expire()
+    back.extend(block_id for lease in table.take_ended() for block_id in lease.block_ids)
+    assert sorted(back) == list(range(num_leases))
+    counts = table.take_counts()
+    assert counts.granted == counts.released + counts.expired == num_leases
+    assert len(table) == 0
+
+
+class Model:
+    """A lease as its contract has it."""
+
+    def __init__(self, num_readers: int, begun_at: float | None) -> None:
+        self.num_readers = num_readers
+        self.ranks_done: dict[int, set[int]] = {}  # by reader
+        self.begun_at = begun_at  # None: early
+        self.ends_at = math.inf if begun_at is None else begun_at + LEASE_S
+
+    @property
+    def is_read(self) -> bool:
+        return sum(len(ranks) == NUM_RANKS for ranks in self.ranks_done.values()) >= self.num_readers
+
+
+NUM_RANKS = 2
+
+
+class LeaseMachine(RuleBasedStateMachine):
+    """Whatever happens, in whatever order: the table's answers are the model's, and the sleeper wakes in time."""
+
+    leases = Bundle("leases")
+    tickets = Bundle("tickets")
+    either = leases | tickets
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = Clock()
+        self.sleeps_until = math.inf
+        self.table = LeaseTable(lease_s=LEASE_S, max_lease_s=MAX_LEASE_S, on_change=self.wake, clock=self.clock)
+        self.open: dict[str, Model] = {}
+        self.kept: list[int] = []  # blocks that must come back once
+        self.back: list[int] = []
+        self.num_blocks = 0
+        self.num_tickets = 0
+
+    def wake(self) -> None:
+        """The control thread looks when the next lease expires, and sleeps again."""
+        sleep_s = self.table.seconds_to_expiry()
+        self.sleeps_until = math.inf if sleep_s is None else self.clock.now_s + sleep_s
+
+    def new_block(self) -> int:
+        self.num_blocks += 1
+        self.kept.append(self.num_blocks)
+        return self.num_blocks
+
+    @rule(target=leases, num_readers=st.integers(1, 3))
+    def grant(self, num_readers: int) -> str:
+        lease_id = self.table.grant([self.new_block()], num_readers).lease_id
+        self.open[lease_id] = Model(num_readers, self.clock.now_s)
+        return lease_id
+
+    @rule(target=tickets, num_readers=st.integers(1, 3))
+    def open_early(self, num_readers: int) -> str:
+        self.num_tickets += 1
+        ticket = f"ticket {self.num_tickets}"
+        assert self.table.open_early(ticket, num_readers)
+        self.open[ticket] = Model(num_readers, None)
+        return ticket
+
+    @rule(ticket=tickets)
+    def open_again(self, ticket: str) -> None:
+        assert not self.table.open_early(ticket, 1)
+
+    @rule(ticket=consumes(tickets), target=leases)
+    def fill(self, ticket: str) -> str:
+        block = self.new_block()
+        model = self.open.get(ticket)
+        assert self.table.fill(ticket, [block]) == (model is not None)
+        if model is None:
+            self.kept.remove(block)
+        else:
+            model.begun_at, model.ends_at = self.clock.now_s, self.clock.now_s + LEASE_S
+        return ticket
+
+    @rule(lease=either, reader=st.integers(0, 3), rank=st.none() | st.integers(0, NUM_RANKS - 1))
+    def end_read(self, lease: str, reader: int, rank: int | None) -> None:
+        model = self.open.get(lease)
+        assert self.table.end_read(lease, f"reader {reader}", rank, NUM_RANKS) == (model is not None)
+        if model is not None:
+            model.ranks_done.setdefault(reader, set()).update(range(NUM_RANKS) if rank is None else [rank])
+            if model.is_read:
+                del self.open[lease]
+
+    @rule(lease=either)
+    def end(self, lease: str) -> None:
+        self.table.expire()
+        assert self.table.end(lease) == (self.open.pop(lease, None) is not None)
+
+    @rule(lease=either)
+    def extend(self, lease: str) -> None:
+        model = self.open.get(lease)
+        assert self.table.extend([lease]) == ([lease] if model is not None else [])
+        if model is not None and model.begun_at is not None:
+            model.ends_at = max(model.ends_at, min(self.clock.now_s + LEASE_S, model.begun_at + MAX_LEASE_S))
+
+    @rule(seconds=st.sampled_from([0.5, 7.0, 29.0, 30.0, 60.0]))
+    def pass_time(self, seconds: float) -> None:
+        self.clock.now_s += seconds
+        self.open = {lease_id: model for lease_id, model in self.open.items() if model.ends_at > self.clock.now_s}
+        if self.clock.now_s >= self.sleeps_until:
+            self.table.expire()
+            self.wake()
+
+    @rule()
+    def take_back(self) -> None:
+        self.back += [block for lease in self.table.take_ended() for block in lease.block_ids]
+        assert len(set(self.back)) == len(self.back)
+
+    @invariant()
+    def only_what_has_ended_comes_back(self) -> None:
+        num_open = sum(model.begun_at is not None for model in self.open.values())
+        assert set(self.back) <= set(self.kept)
+        assert len(self.back) + num_open <= len(self.kept)
+
+    @invariant()
+    def the_sleeper_wakes_in_time(self) -> None:
+        assert self.sleeps_until <= min((model.ends_at for model in self.open.values()), default=math.inf)
+
+    def teardown(self) -> None:
+        """In the end, everything has come back."""
+        for lease_id in list(self.open):
+            assert self.table.end(lease_id)
+        self.clock.now_s += MAX_LEASE_S
+        self.table.expire()
+        self.take_back()
+        assert sorted(self.back) == sorted(self.kept)
+
+
+TestLeaseMachine = LeaseMachine.TestCase
+TestLeaseMachine.settings = settings(max_examples=40, stateful_step_count=30, deadline=None, database=None)

@@ -1,0 +1,320 @@
+"""P and D at once, in the way of vLLM's MooncakeConnector: who is told what, who waits for whom, who ends whom."""
+
+import asyncio
+import json
+from collections.abc import Coroutine
+from typing import Any
+
+import aiohttp
+import pytest
+
+from services.global_proxy import mooncake
+from tests.services.global_proxy.conftest import Deploy, Deployment, until
+from tests.standins.engine import StandinEngine
+
+NOT_YET_S = 0.3  # long enough for anything that wrongly does not wait
+
+
+@pytest.fixture
+async def pd(deploy: Deploy) -> Deployment:
+    return await deploy(connector="mooncake")
+
+
+async def finishes(task: asyncio.Task[Any]) -> bool:
+    await asyncio.wait([task], timeout=NOT_YET_S)
+    return task.done()
+
+
+def post(pd: Deployment, stream: bool) -> Coroutine[Any, Any, tuple[int, Any, Any]]:
+    return pd.stream() if stream else pd.complete()
+
+
+def params(engine: StandinEngine, number: int = -1) -> dict[str, Any]:
+    sent: dict[str, Any] = engine.received[number].body["kv_transfer_params"]
+    return sent
+
+
+class TestMooncakesParameters:
+    @pytest.mark.parametrize("stream", [False, True])
+    async def test_each_is_told_how_it_will_know_the_other(self, pd: Deployment, stream: bool) -> None:
+        status, _, headers = await post(pd, stream)
+        assert status == 200
+        assert headers["x-omni-path"] == "disaggregated"
+        (prefill,), (decode,) = pd.prefill, pd.decode
+        transfer_id = params(prefill)["transfer_id"]
+        assert params(prefill) == {
+            "do_remote_decode": True,
+            "do_remote_prefill": False,
+            "transfer_id": transfer_id,
+        }
+        assert params(decode) == {
+            "do_remote_decode": False,
+            "do_remote_prefill": True,
+            "transfer_id": transfer_id,
+            "remote_engine_id": "p0-1",
+            "remote_bootstrap_addr": prefill.url,
+        }
+        assert prefill.received[0].body["max_tokens"] == 1
+        assert prefill.received[0].body["stream"] is False
+        assert decode.received[0].body["max_tokens"] == 9
+
+    async def test_no_two_requests_have_the_same_transfer_id(self, pd: Deployment) -> None:
+        await asyncio.gather(*(pd.complete() for _ in range(20)))
+        ids = [params(pd.prefill[0], number)["transfer_id"] for number in range(20)]
+        assert len(set(ids)) == 20
+
+    async def test_the_engine_id_is_asked_for_once(self, pd: Deployment) -> None:
+        await asyncio.gather(*(pd.complete() for _ in range(20)))
+        assert pd.prefill[0].num_queries == 1
+
+    async def test_the_engine_id_of_a_prefill_that_has_started_again(
+        self, pd: Deployment, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await pd.complete()
+        pd.prefill[0].bootstrap = {"0": {"engine_id": "p0-2", "worker_addr": {}}}
+        monkeypatch.setattr(mooncake, "_REMEMBER_S", 0)
+        await pd.complete()
+        assert params(pd.decode[0])["remote_engine_id"] == "p0-2"
+
+    @pytest.mark.parametrize("bootstrap", [{}, [], {"0": {}}, {"0": {"engine_id": "a"}, "1": {"engine_id": "b"}}])
+    async def test_a_bootstrap_server_that_names_no_engine(self, deploy: Deploy, bootstrap: object) -> None:
+        pd = await deploy(2, 1, connector="mooncake")
+        pd.prefill[0].bootstrap = bootstrap
+        assert (await pd.complete())[0] == 200
+        assert pd.prefill[0].received == []
+        labels = {"role": "prefill", "instance": pd.prefill[0].url[7:], "reason": "died"}
+        assert await pd.metric("omni_proxy_upstream_failures_total", **labels) == 1
+
+    async def test_no_bootstrap_server_names_an_engine(self, pd: Deployment) -> None:
+        pd.prefill[0].bootstrap = {}
+        status, body, _ = await pd.complete()
+        assert status == 502
+        assert "bootstrap" in body["error"]["message"]
+        assert pd.engines[0].received == pd.engines[1].received == []
+
+    async def test_several_choices_go_to_decode_alone(self, pd: Deployment) -> None:
+        _, _, headers = await pd.complete(n=2)
+        assert headers["x-omni-path"] == "decode_only"
+        assert pd.prefill[0].received == []
+
+
+class TestOrder:
+    async def test_decode_is_asked_while_prefill_computes(self, pd: Deployment) -> None:
+        pd.prefill[0].gate.clear()
+        request = asyncio.create_task(pd.complete())
+        await pd.decode[0].wait_for(1)
+        await pd.prefill[0].wait_for(1)
+        assert pd.prefill[0].num_answered == 0
+        pd.prefill[0].gate.set()
+        status, body, _ = await request
+        assert status == 200
+        assert body["choices"][0]["text"] == "d0!"
+
+    @pytest.mark.parametrize("stream", [False, True])
+    async def test_nothing_is_relayed_before_prefill_is_done(self, pd: Deployment, stream: bool) -> None:
+        pd.prefill[0].gate.clear()
+        body = pd.prompt | {"stream": stream}
+        request = asyncio.create_task(_headers(pd, body))
+        await until(lambda: pd.decode[0].num_answered == 1)
+        assert not await finishes(request)
+        pd.prefill[0].gate.set()
+        status, text = await request
+        assert status == 200
+        assert ("data: [DONE]" if stream else "d0!") in text
+
+    async def test_what_is_held_back_is_bounded(self, pd: Deployment) -> None:
+        pd.prefill[0].gate.clear()
+        pd.decode[0].answer_text = json.dumps({"text": "x" * (32 << 20)})  # more than sockets can hold
+        request = asyncio.create_task(pd.complete())
+        await pd.decode[0].wait_for(1)
+        assert not await finishes(request)
+        assert pd.decode[0].num_answered == 0
+        pd.prefill[0].gate.set()
+        assert len((await request)[1]["text"]) == 32 << 20
+
+    async def test_chunks_arrive_as_they_are_made(self, pd: Deployment) -> None:
+        (decode,) = pd.decode
+        decode.gate.clear()
+        decode.gate_after = 1
+        async with pd.client.post(pd.url + "/v1/completions", json=pd.prompt | {"stream": True}) as response:
+            assert b"t0 " in await response.content.readany()
+            decode.gate.set()
+            assert (await response.content.read()).endswith(b"data: [DONE]\n\n")
+
+    async def test_both_legs_are_measured(self, pd: Deployment, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level("INFO", "services.global_proxy")
+        await pd.complete()
+        await pd.idle()
+        assert await pd.metric("omni_proxy_prefill_seconds_count") == 1
+        assert await pd.metric("omni_proxy_ttft_seconds_count") == 1
+        line = json.loads(caplog.records[-1].message)
+        assert line["prefill"] == pd.prefill[0].url[7:]
+        assert line["decode"] == pd.decode[0].url[7:]
+        assert line["decode_only"] is None
+
+
+async def _headers(pd: Deployment, body: dict[str, Any]) -> tuple[int, str]:
+    async with pd.client.post(pd.url + "/v1/completions", json=body) as response:
+        return response.status, await response.text()
+
+
+class TestPrefillFails:
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize("status", [400, 500])
+    async def test_its_error_is_the_answer_and_decode_is_ended(self, pd: Deployment, stream: bool, status: int) -> None:
+        pd.decode[0].gate.clear()
+        pd.prefill[0].gate.clear()
+        pd.prefill[0].error = (status, '{"error":  "mine"}')
+        request = asyncio.create_task(_headers(pd, pd.prompt | {"stream": stream}))
+        await pd.decode[0].wait_for(1)
+        pd.prefill[0].gate.set()
+        assert await request == (status, '{"error":  "mine"}')
+        await pd.decode[0].wait_for(num_aborted=1)
+        await pd.idle()
+
+    async def test_its_error_wins_over_an_answer_of_decode(self, pd: Deployment) -> None:
+        pd.prefill[0].gate.clear()
+        pd.prefill[0].error = (400, "{}")
+        request = asyncio.create_task(pd.complete())
+        await until(lambda: pd.decode[0].num_answered == 1)
+        pd.prefill[0].gate.set()
+        assert (await request)[0] == 400
+
+    async def test_another_is_tried_under_another_name(self, deploy: Deploy) -> None:
+        pd = await deploy(2, 1, connector="mooncake")
+        pd.prefill[0].die_after = 0
+        pd.decode[0].gate.clear()  # waits for KV
+        request = asyncio.create_task(pd.complete())
+        await pd.decode[0].wait_for(2, num_aborted=1)
+        pd.decode[0].gate.set()
+        assert (await request)[0] == 200
+        assert params(pd.decode[0], 0)["transfer_id"] == params(pd.prefill[0])["transfer_id"]
+        assert params(pd.decode[0], 1)["transfer_id"] == params(pd.prefill[1])["transfer_id"]
+        assert params(pd.decode[0], 0)["transfer_id"] != params(pd.decode[0], 1)["transfer_id"]
+        assert params(pd.decode[0], 1)["remote_engine_id"] == "p1-1"
+        await pd.idle()
+
+    async def test_two_are_tried_at_most(self, deploy: Deploy) -> None:
+        pd = await deploy(3, 1, connector="mooncake")
+        pd.decode[0].gate.clear()
+        for engine in pd.prefill:
+            engine.die_after = 0
+        status, body, _ = await pd.complete()
+        assert status == 502
+        assert body["error"]["type"] == "BadGatewayError"
+        assert sum(len(e.received) for e in pd.prefill) == 2
+        await pd.decode[0].wait_for(2, num_aborted=2)
+        await pd.idle()
+
+    async def test_one_that_refuses_connections_is_avoided(self, deploy: Deploy, refused_url: str) -> None:
+        pd = await deploy(1, 1, extra_prefill_urls=(refused_url,), connector="mooncake")
+        for _ in range(4):
+            assert (await pd.complete())[0] == 200
+        labels = {"role": "prefill", "instance": refused_url[7:], "reason": "unreachable"}
+        assert await pd.metric("omni_proxy_upstream_failures_total", **labels) == 1
+        assert len(pd.decode[0].received) == 4
+
+    async def test_nobody_there(self, deploy: Deploy, refused_url: str) -> None:
+        pd = await deploy(0, 1, extra_prefill_urls=(refused_url,), connector="mooncake")
+        status, _, headers = await pd.complete()
+        assert status == 503
+        assert headers["retry-after"] == "1"
+        assert pd.decode[0].received == []
+
+
+class TestDecodeFails:
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize("status", [400, 500])
+    async def test_its_error_is_the_answer_and_prefill_is_ended(
+        self, pd: Deployment, stream: bool, status: int
+    ) -> None:
+        pd.prefill[0].gate.clear()
+        pd.decode[0].gate.clear()
+        pd.decode[0].error = (status, '{"error":  "mine"}')
+        request = asyncio.create_task(_headers(pd, pd.prompt | {"stream": stream}))
+        await pd.prefill[0].wait_for(1)
+        pd.decode[0].gate.set()
+        assert await request == (status, '{"error":  "mine"}')
+        await pd.prefill[0].wait_for(num_aborted=1)
+        await pd.idle()
+
+    @pytest.mark.parametrize("stream", [False, True])
+    async def test_one_that_dies_ends_prefill(self, pd: Deployment, stream: bool) -> None:
+        pd.prefill[0].gate.clear()
+        pd.decode[0].die_after = 0
+        status, body, _ = await pd.complete(stream=stream)
+        assert status == 502
+        assert body["error"]["type"] == "BadGatewayError"
+        await pd.prefill[0].wait_for(num_aborted=1)
+        await pd.idle()
+
+    async def test_one_that_refuses_connections_is_replaced_for_the_same_transfer(
+        self, deploy: Deploy, refused_url: str
+    ) -> None:
+        pd = await deploy(1, 1, extra_decode_urls=(refused_url,), connector="mooncake")
+        assert (await pd.complete())[0] == 200
+        (to_prefill,) = pd.prefill[0].received
+        assert params(pd.decode[0])["transfer_id"] == to_prefill.body["kv_transfer_params"]["transfer_id"]
+
+    async def test_nobody_there(self, deploy: Deploy, refused_url: str) -> None:
+        pd = await deploy(1, 0, extra_decode_urls=(refused_url,), connector="mooncake")
+        pd.prefill[0].gate.clear()
+        status, _, headers = await pd.complete()
+        assert status == 503
+        assert headers["retry-after"] == "1"
+        await pd.idle()
+        assert pd.prefill[0].num_aborted == len(pd.prefill[0].received)
+
+    async def test_one_that_dies_mid_stream(self, pd: Deployment) -> None:
+        pd.decode[0].die_after = 2
+        status, text, _ = await pd.stream()
+        assert status == 200
+        events = text.split("\n\n")
+        assert [json.loads(e[6:])["choices"][0]["text"] for e in events[:2]] == ["t0 ", "t1 "]
+        assert json.loads(events[-2][6:])["error"]["code"] == 502
+        assert "[DONE]" not in text
+        await pd.idle()
+
+
+class TestTheRequestEnds:
+    @pytest.mark.parametrize("stream", [False, True])
+    async def test_a_client_that_leaves_ends_both(self, pd: Deployment, stream: bool) -> None:
+        pd.prefill[0].gate.clear()
+        pd.decode[0].gate.clear()
+        request = asyncio.create_task(post(pd, stream))
+        for engine in pd.engines:
+            await engine.wait_for(1)
+        request.cancel()
+        await asyncio.gather(request, return_exceptions=True)
+        for engine in pd.engines:
+            await engine.wait_for(num_aborted=1)
+        await pd.idle()
+        assert await pd.metric("omni_proxy_requests_total", endpoint="/v1/completions", code="499") == 1
+
+    async def test_a_client_that_leaves_while_an_answer_is_held_back(self, pd: Deployment) -> None:
+        pd.prefill[0].gate.clear()
+        request = asyncio.create_task(pd.complete())
+        await until(lambda: pd.decode[0].num_answered == 1)
+        request.cancel()
+        await asyncio.gather(request, return_exceptions=True)
+        await pd.prefill[0].wait_for(num_aborted=1)
+        await pd.idle()
+
+    @pytest.mark.parametrize("stream", [False, True])
+    async def test_the_deadline_ends_both(self, deploy: Deploy, stream: bool) -> None:
+        pd = await deploy(request_timeout_s=0.3, connector="mooncake")
+        pd.prefill[0].gate.clear()
+        pd.decode[0].gate.clear()
+        status, body, _ = await pd.complete(stream=stream)
+        assert status == 504
+        assert body["error"]["type"] == "GatewayTimeoutError"
+        for engine in pd.engines:
+            await engine.wait_for(num_aborted=1)
+        await pd.idle()
+
+    async def test_connections_are_reused(self, pd: Deployment) -> None:
+        for stream in (False, True, False, True):
+            await post(pd, stream)
+        connector = pd.proxy.runtime.client._session.connector
+        assert isinstance(connector, aiohttp.TCPConnector)
+        assert sum(len(idle) for idle in connector._conns.values()) == 2
