@@ -7,12 +7,14 @@ from benchmarks.kv.baselines import Memcpy, RawSocket
 from benchmarks.kv.contender import Contender
 from benchmarks.kv.ours import Hccl, OurMooncake, ProcessVm, SharedMemory, Tcp
 from benchmarks.kv.peers import Mooncake, Nixl
+from benchmarks.kv.zmq_bulk import ZmqBulk
 
 CONTENDERS: tuple[Contender, ...] = (
     Memcpy("memcpy"),
     Memcpy("memcpy memfd", memory_kind="memfd"),
     RawSocket("raw tcp"),
     RawSocket("raw unix", kind=socket.AF_UNIX),
+    ZmqBulk("zmq tcp"),
     Nixl("NIXL"),
     Nixl("NIXL unprepared", prepared=False),
     # NIXL's progress threads compete with its readers where they are pinned: once more as NixlConnector sets it up.

@@ -67,8 +67,8 @@ def proxy_over_nixl(tmp_path_factory: pytest.TempPathFactory, free_ports: FreePo
 @pytest.fixture(scope="class")
 def proxy_over_mooncake(tmp_path_factory: pytest.TempPathFactory, free_ports: FreePorts) -> Iterator[Served]:
     options = {
+        **DIGESTS,
         "extra_args": ["--worker-extension-cls", "tests.e2e.mooncake_digests.MooncakeWithDigests"],
-        "env": {**DIGESTS["env"], "VLLM_HOST_IP": "127.0.0.1"},
     }
     with _vllms_connector(tmp_path_factory.mktemp("mooncake"), free_ports, "mooncake", options) as served:
         yield served

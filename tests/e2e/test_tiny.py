@@ -166,13 +166,17 @@ class TestClientErrors:
             {"do_remote_decode": True, "do_remote_prefill": True},
         ],
     )
-    def test_forged_hand_offs_are_survived(
+    def test_forged_hand_offs_are_refused(
         self, deployment: Deployment, plain: Server, params: dict[str, object]
     ) -> None:
         expected = choices(plain.post(COMPLETIONS, completion("Forged?")))
         for engine in (deployment.prefill[0], deployment.decode[0]):
-            answer = engine.post(COMPLETIONS, {**completion("Forged?"), "kv_transfer_params": params})
-            assert choices(answer) == expected
+            with pytest.raises(HTTPError) as raised:
+                engine.post(COMPLETIONS, {**completion("Forged?"), "kv_transfer_params": params})
+            assert raised.value.code == 400
+            assert "kv_transfer_params" in json.load(raised.value)["error"]["message"]
+            raised.value.close()
+            assert choices(engine.post(COMPLETIONS, completion("Forged?"))) == expected
 
     def test_a_hand_off_for_another_prompt_is_not_used(self, deployment: Deployment, plain: Server) -> None:
         prefilled = deployment.prefill[0].post(
