@@ -61,6 +61,7 @@ class PrefillScheduler:
         self._wake_engine: Callable[[], None] | None = None
         self._step_due = False
         self._followed: dict[str, _FollowedRequest] = {}  # by request id
+        self._nobody_reads: set[str] = set()  # request ids: with a ticket that is void
         self._transfers_ended: list[str] = []  # that the workers have not been told of
 
     def bind_cache(self, cache: "KVCacheManager") -> None:
@@ -88,7 +89,10 @@ class PrefillScheduler:
             return
         try:
             ticket = parse_ticket(params, self._settings.key)
-            if ticket is None or not self._leases.open_early(ticket.transfer_id, parse_num_readers(params)):
+            if ticket is None:
+                return
+            if not self._leases.open_early(ticket.transfer_id, parse_num_readers(params)):
+                self._nobody_reads.add(request.request_id)
                 return
         except HandOffError as error:
             logger.warning("request %s cannot be followed: %s", request.request_id, error)
@@ -97,6 +101,9 @@ class PrefillScheduler:
 
     def request_finished(self, request: "Request", block_ids: tuple[list[int], ...]) -> dict[str, Any] | None:
         """Grant a lease for a finished prefill; returns the hand-off parameters for the response."""
+        if request.request_id in self._nobody_reads:
+            self._nobody_reads.discard(request.request_id)
+            return None
         followed = self._followed.pop(request.request_id, None)
         tables = self._tables_to_keep(request, block_ids)
         if followed is not None:

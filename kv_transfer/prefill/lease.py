@@ -11,8 +11,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-_MAX_EARLY_IDS = 1 << 16
+_MAX_REMEMBERED = 1 << 16
+_EVERY_READER: set[str] = {"every reader"}
 
 
 @dataclass(kw_only=True)
@@ -65,6 +67,8 @@ class LeaseTable:
         self._open: dict[str, Lease] = {}
         self._ended: list[Lease] = []
         self._early_ids: dict[str, None] = {}  # the newest, ended ones too: none of them names a second lease
+        # What was waived before its early lease was opened: D and the proxy can be faster than P's queue.
+        self._waived: dict[str, set[str]] = {}  # lease id → readers, or `_EVERY_READER`
         self._counts = LeaseCounts()
 
     def __len__(self) -> int:
@@ -91,14 +95,16 @@ class LeaseTable:
         """A lease on a prompt that is about to be computed; it cannot expire before `fill`.
 
         Returns:
-            Whether it was opened: not if there is one of that name already, or was.
+            Whether it was opened: not if there is one of that name already, or was, or nobody will read.
         """
         with self._lock:
             if lease_id in self._early_ids:
                 return False
             self._early_ids[lease_id] = None
-            if len(self._early_ids) > _MAX_EARLY_IDS:
-                del self._early_ids[next(iter(self._early_ids))]
+            _drop_oldest(self._early_ids)
+            waived = self._waived.pop(lease_id, set())
+            if waived is _EVERY_READER or len(waived) >= num_readers:
+                return False
         self._add(
             Lease(
                 lease_id=lease_id,
@@ -107,6 +113,7 @@ class LeaseTable:
                 granted_at=self._clock(),
                 deadline=math.inf,
                 was_early=True,
+                num_done=len(waived),
             )
         )
         return True
@@ -156,6 +163,9 @@ class LeaseTable:
         with self._lock:
             lease = self._open.get(lease_id)
             if lease is None:
+                if rank is None and lease_id not in self._early_ids:
+                    self._waived.setdefault(lease_id, set()).add(reader)
+                    _drop_oldest(self._waived)
                 return False
             ended_ranks = lease.ended_reads.setdefault(reader, set())
             was_done = len(ended_ranks) >= num_ranks
@@ -174,6 +184,9 @@ class LeaseTable:
         with self._lock:
             lease = self._open.pop(lease_id, None)
             if lease is None:
+                if lease_id not in self._early_ids:
+                    self._waived[lease_id] = _EVERY_READER
+                    _drop_oldest(self._waived)
                 return False
             self._ended.append(lease)
             self._counts.released += 1
@@ -208,3 +221,9 @@ class LeaseTable:
         with self._lock:
             counts, self._counts = self._counts, LeaseCounts()
         return counts
+
+
+def _drop_oldest(remembered: dict[str, Any]) -> None:
+    """Keep so many of the newest."""
+    while len(remembered) > _MAX_REMEMBERED:
+        del remembered[next(iter(remembered))]

@@ -245,7 +245,7 @@ def test_an_id_stands_for_one_generation_of_blocks(table: LeaseTable) -> None:
 
 
 def test_of_used_ids_only_so_many_are_remembered(table: LeaseTable, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease_module, "_MAX_EARLY_IDS", 3)
+    monkeypatch.setattr(lease_module, "_MAX_REMEMBERED", 3)
     for index in range(10):
         assert table.open_early(str(index), num_readers=1)
     assert not table.open_early("9", num_readers=1)
@@ -504,3 +504,33 @@ class LeaseMachine(RuleBasedStateMachine):
 
 TestLeaseMachine = LeaseMachine.TestCase
 TestLeaseMachine.settings = settings(max_examples=40, stateful_step_count=30, deadline=None, database=None)
+
+
+class TestWaivedBeforeItIsOpened:
+    """D and the proxy can be faster than P's queue."""
+
+    def test_the_only_reader(self, table: LeaseTable) -> None:
+        assert not table.end_read("early", "reader", None, 1)
+        assert not table.open_early("early", 1)
+        assert len(table) == 0
+
+    def test_one_of_two_readers(self, table: LeaseTable) -> None:
+        table.end_read("early", "one", None, 1)
+        assert table.open_early("early", 2)
+        assert table.end_read("early", "two", 0, 1)
+        assert len(table) == 0
+
+    def test_the_whole_lease(self, table: LeaseTable) -> None:
+        assert not table.end("early")
+        assert not table.open_early("early", 3)
+
+    def test_a_rank_that_read_for_nothing_waives_nothing(self, table: LeaseTable) -> None:
+        table.end_read("early", "reader", 0, 1)
+        assert table.open_early("early", 1)
+
+    def test_the_oldest_are_forgotten(self, table: LeaseTable, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(lease_module, "_MAX_REMEMBERED", 2)
+        for lease_id in ("one", "two", "three"):
+            table.end(lease_id)
+        assert table.open_early("one", 1)
+        assert not table.open_early("three", 1)
