@@ -132,16 +132,17 @@ def _close_listening_sockets() -> None:
             continue
         if is_socket:
             with socket.socket(fileno=os.dup(descriptor)) as duplicate:
-                if duplicate.family in (socket.AF_INET, socket.AF_INET6) and not _is_connected(duplicate):
+                if duplicate.family in (socket.AF_INET, socket.AF_INET6) and _is_for_listening(duplicate):
                     os.close(descriptor)
 
 
-def _is_connected(internet_socket: socket.socket) -> bool:
+def _is_for_listening(internet_socket: socket.socket) -> bool:
+    """It has a port and no peer: vLLM binds its socket early and listens late."""
     try:
         internet_socket.getpeername()
     except OSError:
-        return False
-    return True
+        return internet_socket.type == socket.SOCK_STREAM and internet_socket.getsockname()[1] != 0
+    return False
 
 
 class _ForkProcess(multiprocessing.context.ForkProcess):

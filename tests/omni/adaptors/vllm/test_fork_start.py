@@ -96,16 +96,18 @@ def _descriptors_after_closing(writer: int, keep: list[int]) -> None:
 
 
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6], ids=["IPv4", "IPv6"])
-def test_a_fork_lets_go_of_the_listening_socket_alone(family: socket.AddressFamily, tmp_path: Path) -> None:
+def test_a_fork_lets_go_of_sockets_for_listening_alone(family: socket.AddressFamily, tmp_path: Path) -> None:
     reader, writer = os.pipe()
     with (
         socket.socket(family) as listener,
         socket.socket(socket.AF_UNIX) as local_listener,
         socket.socket() as unbound,
+        socket.socket(family) as bound,
         open(reader, "rb") as output,
     ):
         listener.bind(("127.0.0.1" if family == socket.AF_INET else "::1", 0))
         listener.listen()
+        bound.bind((listener.getsockname()[0], 0))  # and not listening yet
         local_listener.bind(str(tmp_path / "socket"))  # vLLM's own, between its processes
         local_listener.listen()
         with socket.create_connection(listener.getsockname()[:2]) as client, listener.accept()[0] as accepted:
@@ -114,7 +116,7 @@ def test_a_fork_lets_go_of_the_listening_socket_alone(family: socket.AddressFami
             process.start()
             os.close(writer)
             process.join()
-        assert output.read() == b"1 closed, 0 new, kept True"
+        assert output.read() == b"2 closed, 0 new, kept True"
 
 
 def test_no_cores_were_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
