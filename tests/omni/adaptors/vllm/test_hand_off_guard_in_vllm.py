@@ -1,5 +1,6 @@
 """The guard in front of vLLM's own application, and that vLLM takes hand-off parameters nowhere else."""
 
+import logging
 import socket
 import threading
 import typing
@@ -33,12 +34,14 @@ GUARDED = {("kv_transfer_params",), ("vllm_xargs",), ("sampling_params",)}
 def vllm_app() -> Iterator[FastAPI]:
     """All of vLLM's routes, without an engine: /v1/completions says that the model cannot do it."""
     InstalledGuard.rules = Rules(key=KEY, is_producer=False, is_consumer=True)
+    root_level = logging.root.level
     arguments = ["--model", "m", "--middleware", f"{hand_off_guard.__name__}.InstalledGuard"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         args = make_arg_parser(FlexibleArgumentParser(prog="vllm serve")).parse_args(arguments)
         app = build_app(args, ("generate", "render", "transcription", "embed"), None)
     app.state.openai_serving_completion = None
+    logging.root.setLevel(root_level)  # something that vLLM's app imports has raised it
     yield app
     del InstalledGuard.rules
 
