@@ -14,9 +14,9 @@ pytestmark = pytest.mark.engine
 def test_while_the_request_waits_at_decode(engines: Engines, pair: Pair) -> None:
     """P hears of it at once: the lease is released, it does not run out."""
     text = fresh_text()
-    params = pair.hand_off(text)
-    before = pair.counts()
     with busy(pair.decode):
+        params = pair.hand_off(text)
+        before = pair.counts()
         with HungUp(pair.decode, completion(text, kv_transfer_params=params)):
             assert eventually(lambda: pair.decode.metric("vllm:num_requests_waiting") == 1, BUSY_S)
         assert before.eventually(released=1, expired=0)
