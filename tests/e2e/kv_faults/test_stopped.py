@@ -55,10 +55,10 @@ def test_decode_stops_for_longer_than_the_lease(engines: Engines, pair: Pair) ->
 def test_a_lease_lives_while_decode_is_busy(engines: Engines, pair: Pair) -> None:
     """The request waits at D for much longer than the lease, which D's heartbeats keep alive."""
     text = fresh_text()
+    params = pair.hand_off(text)
+    before = pair.counts()
     with ThreadPoolExecutor(1) as pool:
         with busy(pair.decode):
-            params = pair.hand_off(text)
-            before = pair.counts()
             answer = pool.submit(pair.finish, text, params)
             assert not eventually(pair.prefill_is_empty, 2 * LEASE_S)
             assert pair.decode.metric("vllm:num_requests_waiting") == 1
@@ -69,12 +69,12 @@ def test_a_lease_lives_while_decode_is_busy(engines: Engines, pair: Pair) -> Non
 def test_decode_stops_while_a_request_waits_there(engines: Engines, pair: Pair) -> None:
     """Its heartbeats stop with it, and what it reads afterwards is another prompt's."""
     text = fresh_text()
+    params = pair.hand_off(text)
+    before = pair.counts()
     with ThreadPoolExecutor(1) as pool:
         with busy(pair.decode):
-            params = pair.hand_off(text)
-            before = pair.counts()
             answer = pool.submit(pair.finish, text, params)
-            assert eventually(lambda: pair.decode.metric("vllm:num_requests_waiting") == 1, BUSY_S)
+            assert eventually(lambda: pair.decode.metric("vllm:num_requests_waiting") == 1, LEASE_S / 2)
             with stopped(engines.family("decode")):
                 assert eventually(pair.prefill_is_empty, LEASE_S + BUSY_S)
                 _overwrite_prefill(pair)
