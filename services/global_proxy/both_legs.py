@@ -37,7 +37,7 @@ class BothLegs(Way):
         error = await self._serve_with(first, call, reply, trace)
         if error is None:
             return
-        other = self.legs.other_prefill(first)
+        other = self.legs.other_prefill(first, error)
         if other is not None:
             error = await self._serve_with(other, call, reply, trace)
         if error is not None:

@@ -58,9 +58,10 @@ class Legs:
     def choose_prefill(self) -> Instance:
         return _choose(self._prefill_pool)
 
-    def other_prefill(self, tried: Instance) -> Instance | None:
-        """Another P after one has failed: a prompt can be computed twice."""
-        return self._prefill_pool.choose(tried)
+    def other_prefill(self, tried: Instance, error: UpstreamError) -> Instance | None:
+        """Another P after one has failed so: a prompt can be computed twice. The only one, if nothing came to it."""
+        only = tried if isinstance(error, UnreachableError) else None
+        return self._prefill_pool.choose(tried) or only
 
     async def prefill(self, instance: Instance, call: Call, body: bytes, trace: Trace) -> Answer:
         """P's whole answer. Raises UpstreamError."""
@@ -77,7 +78,8 @@ class Legs:
         await _relay_whole(answer, reply, _PATH_DISAGGREGATED)
 
     async def decode(self, call: Call, body: bytes, reply: Reply, trace: Trace, gate: Gate | None = None) -> None:
-        """Relay D's answer. A hand-off is good for one D: another is tried only if the first saw nothing of it.
+        """Relay D's answer. A hand-off is good for one D: another is tried (the only one, once more) only if the first
+        saw nothing of it.
 
         Args:
             gate: may hold back D's answer, at its first bytes; no more of it is read in the meantime.
@@ -89,9 +91,7 @@ class Legs:
         try:
             await self._decode_on(first, call, body, reply, trace, gate)
         except UnreachableError:
-            other = self._decode_pool.choose(tried=first)
-            if other is None:
-                raise
+            other = self._decode_pool.choose(tried=first) or first
             await self._decode_on(other, call, body, reply, trace, gate)
 
     async def decode_alone(self, call: Call, reply: Reply, trace: Trace, reason: str) -> None:

@@ -57,8 +57,8 @@ class Sequential(Way):
         first = self.legs.choose_prefill()
         try:
             return await self._prefill_on(first, call, body, trace)
-        except UpstreamError:
-            other = self.legs.other_prefill(first)
+        except UpstreamError as error:
+            other = self.legs.other_prefill(first, error)
             if other is None:
                 raise
             return await self._prefill_on(other, call, body, trace)

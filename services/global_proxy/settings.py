@@ -27,7 +27,7 @@ class Settings:
     kv_addresses: tuple[str, ...] = ()  # layerwise: HOST:PORT where each P is asked for KV, in that order
     key_file: Path = field(default_factory=default_key_path)  # omni: the deployment key
     request_timeout_s: float = 600.0  # from the first byte of a request to the last of its answer
-    connect_timeout_s: float = 2.0  # to an engine, name lookup included
+    connect_timeout_s: float = 5.0  # to an engine, name lookup included; a lost SYN is sent again after 1 s and 3 s
     body_timeout_s: float = 30.0  # for a client to send its body
     drain_timeout_s: float = 30.0  # for requests in flight when the proxy is told to stop
     max_body_bytes: int = 16 * 1024 * 1024

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from omni.adaptors.vllm import fork_start, hand_off_guard
+from omni.adaptors.vllm import fork_start, hand_off_guard, queue_naps
 
 
 def serve(arguments: Sequence[str]) -> None:
@@ -26,10 +26,13 @@ def serve(arguments: Sequence[str]) -> None:
     from vllm.entrypoints.launchers.api_server.entry import run_server
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.logger import configure_logging_from_args
+    from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     _hide_data_parallel_variables(arguments)
     fork_start.use_fork()
+    if current_platform.is_cpu():
+        queue_naps.take_naps()
     args = make_arg_parser(FlexibleArgumentParser(prog="vllm serve")).parse_args(list(arguments))
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)

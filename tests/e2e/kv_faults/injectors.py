@@ -14,10 +14,11 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from tests.e2e.deployments import Server
+from tests.e2e.deployments import Server, eventually
 from tests.e2e.equality import COMPLETIONS, completion
 from tests.e2e.kv_faults.engines import MAX_MODEL_LEN, NUM_RUNNING
 
+NUM_QUEUED = 8  # one generation takes some seconds, on a fast machine
 _TIMEOUT_S = 10
 
 
@@ -67,14 +68,25 @@ class HungUp:
         self._socket.close()
 
 
-def busy(decode: Server) -> ExitStack:
-    """As many long generations as this engine runs at once; they are broken off at the end of the block."""
-    stack = ExitStack()
-    for number in range(NUM_RUNNING):
-        prompt = f"busy {number} " * 10
-        body = completion(prompt, max_tokens=MAX_MODEL_LEN - 200, ignore_eos=True, stream=True)
-        stack.enter_context(HungUp(decode, body)).read_some()
-    return stack
+@contextmanager
+def busy(decode: Server) -> Iterator[None]:
+    """Long generations, for as long as the block: as many as this engine runs at once, and NUM_QUEUED that are before
+    all that comes now.
+    """
+    with ExitStack() as stack:
+        for number in range(NUM_RUNNING + NUM_QUEUED):
+            prompt = f"busy {number} " * 10
+            body = completion(prompt, max_tokens=MAX_MODEL_LEN - 200, ignore_eos=True, stream=True)
+            client = stack.enter_context(HungUp(decode, body))
+            if number < NUM_RUNNING:
+                client.read_some()
+        assert eventually(lambda: decode.metric("vllm:num_requests_waiting") == NUM_QUEUED, _TIMEOUT_S)
+        yield
+
+
+def waits_at(decode: Server) -> bool:
+    """Whether a request waits at a busy engine."""
+    return decode.metric("vllm:num_requests_waiting") > NUM_QUEUED
 
 
 def garbage() -> list[bytes]:

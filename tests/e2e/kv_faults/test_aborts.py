@@ -5,7 +5,7 @@ import pytest
 from tests.e2e.deployments import eventually
 from tests.e2e.equality import completion
 from tests.e2e.kv_faults.engines import LEASE_S, LOAD_TIMEOUT_S, Engines
-from tests.e2e.kv_faults.injectors import HungUp, busy, stopped
+from tests.e2e.kv_faults.injectors import HungUp, busy, stopped, waits_at
 from tests.e2e.kv_faults.pair import BUSY_S, Pair, fresh_text
 
 pytestmark = pytest.mark.engine
@@ -18,7 +18,7 @@ def test_while_the_request_waits_at_decode(engines: Engines, pair: Pair) -> None
         params = pair.hand_off(text)
         before = pair.counts()
         with HungUp(pair.decode, completion(text, kv_transfer_params=params)):
-            assert eventually(lambda: pair.decode.metric("vllm:num_requests_waiting") == 1, BUSY_S)
+            assert eventually(lambda: waits_at(pair.decode), BUSY_S)
         assert before.eventually(released=1, expired=0)
         assert eventually(pair.prefill_is_empty, BUSY_S)
     assert before.eventually(loads=0, failures=0)

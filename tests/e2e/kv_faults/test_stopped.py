@@ -7,7 +7,7 @@ import pytest
 from tests.e2e.deployments import eventually
 from tests.e2e.equality import completion
 from tests.e2e.kv_faults.engines import LEASE_S, LOAD_TIMEOUT_S, Engines
-from tests.e2e.kv_faults.injectors import stopped
+from tests.e2e.kv_faults.injectors import busy, stopped, waits_at
 from tests.e2e.kv_faults.pair import BUSY_S, Pair, fresh_text, timed
 
 pytestmark = pytest.mark.engine
@@ -48,6 +48,35 @@ def test_decode_stops_for_longer_than_the_lease(engines: Engines, pair: Pair) ->
             answer = pool.submit(pair.finish, text, params)
             assert eventually(pair.prefill_is_empty, LEASE_S + BUSY_S)
             _overwrite_prefill(pair)
+        assert answer.result() == pair.expected(text)
+    assert before.eventually(lease_ended=1, failures=1, loads=0)
+
+
+def test_a_lease_lives_while_decode_is_busy(engines: Engines, pair: Pair) -> None:
+    """The request waits at D for much longer than the lease, which D's heartbeats keep alive."""
+    text = fresh_text()
+    before = pair.counts()
+    with ThreadPoolExecutor(1) as pool:
+        with busy(pair.decode):
+            answer = pool.submit(pair.finish, text, pair.hand_off(text))
+            assert eventually(lambda: waits_at(pair.decode), BUSY_S)
+            assert not eventually(pair.prefill_is_empty, 2 * LEASE_S)
+            assert waits_at(pair.decode)
+        assert answer.result() == pair.expected(text)
+    assert before.eventually(loads=1, failures=0)
+
+
+def test_decode_stops_while_a_request_waits_there(engines: Engines, pair: Pair) -> None:
+    """Its heartbeats stop with it, and what it reads afterwards is another prompt's."""
+    text = fresh_text()
+    before = pair.counts()
+    with ThreadPoolExecutor(1) as pool:
+        with busy(pair.decode):
+            answer = pool.submit(pair.finish, text, pair.hand_off(text))
+            assert eventually(lambda: waits_at(pair.decode), BUSY_S)
+            with stopped(engines.family("decode")):
+                assert eventually(pair.prefill_is_empty, LEASE_S + BUSY_S)
+                _overwrite_prefill(pair)
         assert answer.result() == pair.expected(text)
     assert before.eventually(lease_ended=1, failures=1, loads=0)
 

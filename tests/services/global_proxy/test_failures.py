@@ -98,6 +98,8 @@ async def test_nobody_there(deploy: Deploy, refused_url: str, role: str) -> None
         assert status == 503
         assert_error(body, 503, "ServiceUnavailableError")
         assert headers["retry-after"] == "1"
+    labels = {"role": role, "instance": refused_url[7:], "reason": "unreachable"}
+    assert await pd.metric("omni_proxy_upstream_failures_total", **labels) == 2 * 2  # the only one is asked twice
     await pd.idle()
 
 
