@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SITE := $(VENV)/lib/python3.11/site-packages
 CONFIG ?= configs/demo.yaml
 
-.PHONY: demo serve test check install lock bench-start bench-proxy bench-kv bench-overlap system-deps clean
+.PHONY: demo serve test check install lock bench-start bench-proxy bench-waits bench-kv bench-overlap system-deps clean
 
 demo: install
 	$(BIN)/omni_cli demo
@@ -28,6 +28,10 @@ bench-start: install
 
 bench-proxy: install
 	$(BIN)/python -m benchmarks.bench_proxy
+
+# vLLM's engines, whose processes wait for one another in a loop, beside ours, which sleep (about 4 minutes).
+bench-waits: install
+	$(BIN)/python -m benchmarks.bench_waits
 
 # Every way of moving KV beside memcpy, raw sockets, NIXL and Mooncake, on the same buffers (about 6 minutes).
 bench-kv: install

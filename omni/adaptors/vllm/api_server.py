@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from omni.adaptors.vllm import fork_start, hand_off_guard, queue_naps
+from omni.adaptors.vllm import fork_start, hand_off_guard, queue_waits
 
 
 def serve(arguments: Sequence[str]) -> None:
@@ -32,7 +32,7 @@ def serve(arguments: Sequence[str]) -> None:
     _hide_data_parallel_variables(arguments)
     fork_start.use_fork()
     if current_platform.is_cpu():
-        queue_naps.take_naps()
+        queue_waits.sleep_at_once()
     args = make_arg_parser(FlexibleArgumentParser(prog="vllm serve")).parse_args(list(arguments))
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
