@@ -23,7 +23,7 @@ T = TypeVar("T")
 MAX_READERS = 128
 _MAX_CLOCK_SKEW_S = 60.0
 
-BlockTables = Annotated[tuple[BlockIds, ...], msgspec.Meta(min_length=1, max_length=MAX_GROUPS)]
+WireBlockTables = Annotated[tuple[BlockIds, ...], msgspec.Meta(min_length=1, max_length=MAX_GROUPS)]
 Hex32 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 Hex64 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 UNSIGNED = "0" * 64  # in place of a signature that is to come
@@ -50,7 +50,7 @@ class HandOff(msgspec.Struct, frozen=True, kw_only=True):
     remote_request_id: Name
     remote_host: Host
     remote_port: Port
-    remote_block_ids: BlockTables  # one for each KV cache group; 0 is no block, where P has given it up
+    remote_block_ids: WireBlockTables  # one for each KV cache group; 0 is no block, where P has given it up
     remote_num_tokens: Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]
     tp_size: Annotated[int, msgspec.Meta(ge=1, le=4096)]
     omni: OmniHandOff

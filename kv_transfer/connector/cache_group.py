@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kv_transfer.memory.blocks import BlockTables
+
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
-
-BlockTables = tuple[tuple[int, ...], ...]  # for each group, a request's blocks from token 0 on
-NULL_BLOCK = 0  # stands in a block table where vLLM has given a block up
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import zmq
 
-from kv_transfer.connector.cache_group import NULL_BLOCK, CacheGroup, first_blocks
+from kv_transfer.connector.cache_group import CacheGroup, first_blocks
 from kv_transfer.connector.prompt import digest_of_prompt
 from kv_transfer.connector.settings import ConnectorSettings
 from kv_transfer.control import ControlClient
@@ -21,6 +21,7 @@ from kv_transfer.decode.block_reader import Load
 from kv_transfer.decode.lease_keeper import LeaseKeeper
 from kv_transfer.errors import HandOffError, KVTransferError, LeaseEndedError
 from kv_transfer.hand_off import HandOff, parse_hand_off
+from kv_transfer.memory.blocks import NULL_BLOCK
 from kv_transfer.protocol import EndRead
 from kv_transfer.ticket import Ticket, parse_ticket
 

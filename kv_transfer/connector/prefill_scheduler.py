@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.request import RequestStatus
 
-from kv_transfer.connector.cache_group import NULL_BLOCK, BlockTables, CacheGroup, first_blocks
+from kv_transfer.connector.cache_group import CacheGroup, first_blocks
 from kv_transfer.connector.prompt import digest_of_prompt
 from kv_transfer.connector.settings import ConnectorSettings
 from kv_transfer.connector.wake_up import find_wake_up
@@ -26,6 +26,7 @@ from kv_transfer.connector.worker import WorkerHandshake
 from kv_transfer.control import ControlServer
 from kv_transfer.errors import HandOffError
 from kv_transfer.hand_off import UNSIGNED, HandOff, OmniHandOff, parse_num_readers
+from kv_transfer.memory.blocks import NULL_BLOCK, BlockTables
 from kv_transfer.prefill.lease import LeaseCounts, LeaseTable
 from kv_transfer.prefill.progress import PrefillStep
 from kv_transfer.protocol import PROTOCOL_VERSION, Welcome

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import zmq
 
 from kv_transfer.auth import DeploymentKey
-from kv_transfer.connector.cache_group import BlockTables
 from kv_transfer.control import ControlClient, ControlClients
 from kv_transfer.decode.followed import Followed
 from kv_transfer.decode.peer_backoff import PeerBackoff
@@ -21,6 +20,7 @@ from kv_transfer.errors import (
     PeerUnreachableError,
     ProtocolError,
 )
+from kv_transfer.memory.blocks import BlockTables
 from kv_transfer.memory.copy_plan import CopyPlan, plan_copies
 from kv_transfer.protocol import (
     EndRead,

@@ -11,18 +11,15 @@ block begins, is worked out once, as runs that are as long as can be. For a requ
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
 
 from kv_transfer.errors import HandOffError, PeerRefusedError
+from kv_transfer.memory.blocks import NULL_BLOCK, BlockTables
 from kv_transfer.memory.regions import Offsets, Spans
 from kv_transfer.protocol import LayerLayout, Plane, RankLayout
 
-BlockTables: TypeAlias = Sequence[Sequence[int]]  # for each KV cache group, a request's blocks from token 0 on
-
 _NOTHING = np.empty(0, dtype=np.int64)
-_NULL_BLOCK = 0  # vLLM's: no KV is kept of these tokens, they lie outside the attention window
 
 
 @dataclass(frozen=True)
@@ -108,8 +105,8 @@ class Cells:
             remote_blocks, remote_starts = self.remote.locate(remote_tables, tokens)
         except IndexError as error:
             raise HandOffError(f"kv_transfer_params: remote_block_ids: {error}") from None
-        wanted = local_blocks != _NULL_BLOCK
-        if (remote_blocks[wanted] == _NULL_BLOCK).any():
+        wanted = local_blocks != NULL_BLOCK
+        if (remote_blocks[wanted] == NULL_BLOCK).any():
             raise HandOffError(
                 f"kv_transfer_params: remote_block_ids: group {self.remote.group} has given up blocks that are needed"
             )

@@ -9,13 +9,12 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from kv_transfer.memory.blocks import BlockTables
 from kv_transfer.protocol import FollowPrefill, PrefillProgress, Refused
 from kv_transfer.rank_connection import RankConnection
 
 HEARTBEAT_S = 1.0
 _PEER_TIMEOUT_S = 10.0  # a follower that takes no message for so long is lost
-
-BlockTables = tuple[tuple[int, ...], ...]  # for each KV cache group, a request's blocks from token 0 on
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,7 @@ def until(condition: Callable[[], bool], why: str) -> None:
 
 
 def num_open_files() -> int:
+    """May fall at any time: what earlier tests have left to the garbage collector counts too."""
     return len(os.listdir("/proc/self/fd"))
 
 

@@ -88,7 +88,7 @@ def test_a_port_of_ones_own_choice_and_one_that_is_taken(context: Context, prefi
     files = num_open_files()
     with pytest.raises(zmq.ZMQError, match="in use"):
         ControlServer("127.0.0.1", prefill.port, KEY, WELCOME, FINGERPRINT, prefill.leases)
-    assert num_open_files() == files
+    assert num_open_files() <= files
     port = prefill.port
     prefill.close()
     again = ControlServer("127.0.0.1", port, KEY, WELCOME, FINGERPRINT, prefill.leases)
@@ -407,7 +407,7 @@ def test_closing_ends_the_thread_and_every_descriptor() -> None:
     prefill.close()
     prefill.close()  # twice is once
     assert {thread.ident for thread in threading.enumerate()} == threads
-    assert num_open_files() == files
+    assert num_open_files() <= files
 
 
 def test_a_wake_up_after_closing_touches_no_other_file() -> None:

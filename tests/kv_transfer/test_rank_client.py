@@ -92,7 +92,7 @@ def test_what_is_no_handshake_ends_the_connection(client: RankClient, data: byte
     files = num_open_files()
     with stand_in(answer) as peer, pytest.raises((ProtocolError, PeerRefusedError, PeerUnreachableError)):
         ask(client, peer)
-    assert num_open_files() == files
+    assert num_open_files() <= files
 
 
 def begins_and_says_nothing(connection: socket.socket) -> None:

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from kv_transfer.connector.cache_group import NULL_BLOCK, CacheGroup, cache_groups, first_blocks
+from kv_transfer.connector.cache_group import CacheGroup, cache_groups, first_blocks
+from kv_transfer.memory.blocks import NULL_BLOCK
 from tests.kv_transfer.with_vllm import BLOCK_SIZE, Engine, KVCacheConfig, cache_config, kv_cache_interface, new_request
 
 FIELDS: dict[str, Any] = {"block_size": 16, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}

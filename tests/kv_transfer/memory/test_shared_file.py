@@ -12,16 +12,18 @@ import pytest
 from kv_transfer.memory import shared_file
 from kv_transfer.memory.shared_file import address_of, new_shared_file
 from kv_transfer.protocol import Offer, TcpOffer
-from tests.kv_transfer.transports.same_host import num_mapped, num_open, prefill_process
+from tests.kv_transfer.rank_peers import num_open_files
+from tests.kv_transfer.transports.same_host import num_mapped, prefill_process
 
 NUM_BYTES = (3 << 20) + 77
 
 
 @pytest.fixture(autouse=True)
 def _nothing_left() -> Iterator[None]:
-    before = num_open(), num_mapped()
+    num_files, num_files_mapped = num_open_files(), num_mapped()
     yield
-    assert (num_open(), num_mapped()) == before
+    assert num_mapped() == num_files_mapped
+    assert num_open_files() <= num_files
 
 
 def test_zeros_that_lie_in_memory_already() -> None:

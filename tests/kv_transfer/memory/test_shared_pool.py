@@ -14,7 +14,8 @@ from kv_transfer.memory.regions import Memory, memory_of
 from kv_transfer.memory.shared_pool import SharedPool
 from kv_transfer.protocol import SharedMemoryOffer
 from kv_transfer.transports.shared_memory import SharedMemoryTransport
-from tests.kv_transfer.transports.same_host import num_mapped, num_open
+from tests.kv_transfer.rank_peers import num_open_files
+from tests.kv_transfer.transports.same_host import num_mapped
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torch's and vLLM's own, at import
@@ -27,11 +28,12 @@ LARGE = (1 << 20) + 77
 
 @pytest.fixture
 def pool() -> Iterator[SharedPool]:
-    before = num_open(), num_mapped()
+    num_files, num_files_mapped = num_open_files(), num_mapped()
     pool = SharedPool()
     yield pool
     pool.close()
-    assert (num_open(), num_mapped()) == before
+    assert num_mapped() == num_files_mapped
+    assert num_open_files() <= num_files
 
 
 def is_shared(tensor: torch.Tensor, pool: SharedPool) -> bool:

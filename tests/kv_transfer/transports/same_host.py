@@ -112,24 +112,9 @@ def expected(
     return after
 
 
-def soon() -> float:
-    return time.monotonic() + 20
-
-
-def until(condition: Callable[[], bool], why: str) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, why
-        time.sleep(0.002)
-
-
 def num_mapped() -> int:
     """Shared files that this process has mapped."""
     return Path("/proc/self/maps").read_text().count("memfd:omni-kv-cache")
-
-
-def num_open() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 def between_batches(

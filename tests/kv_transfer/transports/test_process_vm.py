@@ -18,6 +18,7 @@ from kv_transfer.protocol import Offer, ProcessVmOffer, TcpOffer
 from kv_transfer.transports import process_vm
 from kv_transfer.transports.host_identity import start_time
 from kv_transfer.transports.process_vm import ProcessVmTransport
+from tests.kv_transfer.rank_peers import num_open_files, soon, until
 from tests.kv_transfer.transports.same_host import (
     D_BYTES,
     P_BYTES,
@@ -26,12 +27,9 @@ from tests.kv_transfer.transports.same_host import (
     between_batches,
     bytes_of,
     expected,
-    num_open,
     prefill_process,
     scattered,
-    soon,
     spans,
-    until,
 )
 
 Peer = tuple[PrefillProcess, ProcessVmOffer]
@@ -69,11 +67,12 @@ def ours() -> Side:
 
 @pytest.fixture
 def decode(ours: Side) -> Iterator[ProcessVmTransport]:
-    num_fds, threads = num_open(), threading.active_count()
+    num_files, threads = num_open_files(), threading.active_count()
     transport = ProcessVmTransport(ours.memory)
     yield transport
     transport.close()
-    assert (num_open(), threading.active_count()) == (num_fds, threads)
+    assert threading.active_count() == threads
+    assert num_open_files() <= num_files
 
 
 READS = {

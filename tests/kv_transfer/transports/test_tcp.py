@@ -195,7 +195,7 @@ def test_closing_ends_reads_under_way_and_leaves_nothing() -> None:
     prefill.close()
     decode.transport.forget(prefill.endpoint)
     until(lambda: kv_threads() == threads, "a thread was left")
-    assert num_open_files() == files
+    assert num_open_files() <= files
 
 
 def test_forgetting_a_peer_closes_its_connections(prefill: Side, decode: Side) -> None:
