@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
@@ -41,9 +42,10 @@ def main() -> None:
     model = ensure_embedded_model(options.model)
     rows: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
     with ExitStack() as stack:
+        temporary = stack.enter_context(TemporaryDirectory())  # vLLM leaves sockets there
         engines = {
             kind: [
-                stack.enter_context(_engine(module, model, options.first_port + 2 * index + rank, rank))
+                stack.enter_context(_engine(module, model, options.first_port + 2 * index + rank, rank, temporary))
                 for rank in range(2)
             ]
             for index, (kind, module) in enumerate(KINDS.items())
@@ -80,13 +82,13 @@ class Engine:
 
 
 @contextmanager
-def _engine(module: str, model: Path, port: int, core: int) -> Iterator[Engine]:
+def _engine(module: str, model: Path, port: int, core: int, temporary: str) -> Iterator[Engine]:
     command = [
         *(sys.executable, "-m", module, "--model", str(model), "--served-model-name", "m"),
         *("--host", "127.0.0.1", "--port", str(port), "--enforce-eager"),
-        *("--max-model-len", "2048", "--kv-cache-memory-bytes", str(1 << 28)),
+        *("--max-model-len", "2048", "--kv-cache-memory-bytes", str(1 << 28), "--shutdown-timeout", "5"),
     ]
-    env = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": str(core), "TORCH_COMPILE_DISABLE": "1"}
+    env = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": str(core), "TORCH_COMPILE_DISABLE": "1", "TMPDIR": temporary}
     process = subprocess.Popen(
         command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )

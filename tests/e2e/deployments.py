@@ -204,12 +204,13 @@ def running(
 ) -> Iterator[Waiter]:
     """Start a server. What is yielded waits until it is ready.
 
-    At the end it and its children are gone, and so are the files in /dev/shm that they had mapped.
+    At the end it and its children are gone, and so are the files in /dev/shm that they had mapped. Its temporary folder
+    is its own: vLLM leaves sockets there.
     """
+    temporary = tempfile.TemporaryDirectory(prefix="omni-test-")
     with log_file.open("wb") as log:
-        process = subprocess.Popen(
-            command, cwd=REPOSITORY, env={**os.environ, **(env or {})}, stdout=log, stderr=subprocess.STDOUT
-        )
+        env = {**os.environ, "TMPDIR": temporary.name, **(env or {})}
+        process = subprocess.Popen(command, cwd=REPOSITORY, env=env, stdout=log, stderr=subprocess.STDOUT)
 
     def until_ready() -> Server:
         server = Server(f"http://{host}:{port}")
@@ -231,6 +232,7 @@ def running(
         _, alive = psutil.wait_procs(family, timeout=30)
         for member in alive:
             member.kill()
+        temporary.cleanup()
         assert not alive, f"left by {command}: {alive}"
         left = [path for path in shared if path.startswith("/dev/shm/") and Path(path).exists()]  # noqa: S108
         assert not left, f"left by {command}: {left}"
