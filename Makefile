@@ -29,7 +29,7 @@ bench-start: install
 bench-proxy: install
 	$(BIN)/python -m benchmarks.bench_proxy
 
-# vLLM's engines, whose processes wait for one another in a loop, beside ours, which sleep (about 4 minutes).
+# vLLM's engines, whose processes wait for one another in a loop, beside ours, which sleep (about 4 minutes; --model tiny for short steps).
 bench-waits: install
 	$(BIN)/python -m benchmarks.bench_waits
 

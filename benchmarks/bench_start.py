@@ -13,18 +13,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
 
+from benchmarks.servers import is_healthy, wait_until
 from omni.deployment.embedded_model import ensure_embedded_model
 from omni.deployment.load import load_plan
 from omni.deployment.plan_types import LaunchPlan
 from omni.deployment.run_state import RunFolder
 
-_TIMEOUT_S = 300.0
 _PLAIN_PORT = 9990
 
 
@@ -74,7 +72,7 @@ def _started(command: list[str], urls: list[str]) -> Iterator[float]:
     start = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        _wait_until(lambda: all(_is_healthy(url) for url in urls), process)
+        wait_until(lambda: all(is_healthy(url) for url in urls), process)
         yield time.monotonic() - start
     finally:
         process.terminate()
@@ -88,26 +86,8 @@ def _restart_one(plan: LaunchPlan) -> float:
         sys.exit(f"{name} is not running")
     os.kill(pid, signal.SIGKILL)
     start = time.monotonic()
-    _wait_until(lambda: RunFolder.of(plan.name).processes()[name].pid not in (pid, None) and _is_healthy(url))
+    wait_until(lambda: RunFolder.of(plan.name).processes()[name].pid not in (pid, None) and is_healthy(url))
     return time.monotonic() - start
-
-
-def _wait_until(condition: Callable[[], bool], process: "subprocess.Popen[bytes] | None" = None) -> None:
-    deadline = time.monotonic() + _TIMEOUT_S
-    while not condition():
-        if process is not None and process.poll() is not None:
-            sys.exit(f"{' '.join(map(str, process.args))} ended with code {process.returncode}")  # type: ignore[arg-type]
-        if time.monotonic() > deadline:
-            sys.exit("gave up after 300 s")
-        time.sleep(0.05)
-
-
-def _is_healthy(url: str) -> bool:
-    try:
-        with urlopen(f"{url}/health", timeout=2) as response:  # noqa: S310 (our own servers)
-            return bool(response.status == 200)
-    except (URLError, OSError):
-        return False
 
 
 if __name__ == "__main__":

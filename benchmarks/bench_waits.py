@@ -19,15 +19,14 @@ from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 import psutil
 
+from benchmarks.servers import is_healthy, wait_until
 from omni.deployment.embedded_model import ensure_embedded_model
 
 KINDS = {"plain vLLM": "vllm.entrypoints.openai.api_server", "omni": "omni.adaptors.vllm.api_server"}
-READY_TIMEOUT_S = 600
 ANSWER_TIMEOUT_S = 600
 NAP_S = 0.01
 
@@ -36,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help="an embedded model: smollm2-135m (default) or tiny")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=300, help="of each answer")
+    parser.add_argument("--tokens", type=int, default=100, help="of each answer")
     parser.add_argument("--first-port", type=int, default=19400)
     options = parser.parse_args()
     model = ensure_embedded_model(options.model)
@@ -94,11 +93,7 @@ def _engine(module: str, model: Path, port: int, core: int, temporary: str) -> I
     )
     try:
         url = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + READY_TIMEOUT_S
-        while not _is_healthy(url):
-            if process.poll() is not None or time.monotonic() > deadline:
-                sys.exit(f"{' '.join(command)} did not start")
-            time.sleep(0.1)
+        wait_until(lambda: is_healthy(url), process)
         yield Engine(psutil.Process(process.pid), url)
     finally:
         process.terminate()
@@ -141,14 +136,6 @@ def _watch(connection: Connection) -> None:
         time.sleep(NAP_S)
         late_s = max(late_s, time.monotonic() - before_s - NAP_S)
     connection.send(late_s)
-
-
-def _is_healthy(url: str) -> bool:
-    try:
-        with urlopen(f"{url}/health", timeout=2) as response:  # noqa: S310 (our own servers)
-            return bool(response.status == 200)
-    except (URLError, OSError):
-        return False
 
 
 if __name__ == "__main__":

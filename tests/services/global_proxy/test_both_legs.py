@@ -220,6 +220,8 @@ class TestPrefillFails:
         assert status == 503
         assert headers["retry-after"] == "1"
         assert pd.decode[0].received == []
+        labels = {"role": "prefill", "instance": refused_url[7:], "reason": "unreachable"}
+        assert await pd.metric("omni_proxy_upstream_failures_total", **labels) == 2  # the only one is asked twice
 
 
 class TestDecodeFails:

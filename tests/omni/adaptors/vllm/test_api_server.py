@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from omni.adaptors.vllm import api_server, hand_off_guard
+from omni.adaptors.vllm import api_server, hand_off_guard, queue_waits
 from omni.adaptors.vllm.api_server import _hide_data_parallel_variables
 
 
@@ -26,7 +26,9 @@ def test_vllm_reads_the_data_parallel_variables_of_an_moe_model_alone(
     assert os.environ["VLLM_LOGGING_LEVEL"] == "INFO"
 
 
-def test_no_server_without_its_guard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_cpu_no_server_without_its_guard_and_its_queue_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """vLLM reads the arguments; then the key is missing."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's and vLLM's own, at import
@@ -36,6 +38,7 @@ def test_no_server_without_its_guard(tmp_path: Path, monkeypatch: pytest.MonkeyP
     install = hand_off_guard.install
     monkeypatch.setattr(entry, "run_server", lambda args: pytest.fail("served"))
     monkeypatch.setattr(api_server.fork_start, "use_fork", lambda: None)
+    monkeypatch.setattr(queue_waits, "sleep_at_once", lambda: installed.append(queue_waits))
     monkeypatch.setattr(hand_off_guard, "install", lambda args: installed.append(args) or install(args))
     transfer = {
         "kv_connector": "OmniConnector",
@@ -44,4 +47,4 @@ def test_no_server_without_its_guard(tmp_path: Path, monkeypatch: pytest.MonkeyP
     }
     with pytest.raises(SystemExit, match=r"the deployment key .*none cannot be read"):
         api_server.serve(["--model", "m", "--kv-transfer-config", json.dumps(transfer)])
-    assert len(installed) == 1
+    assert len(installed) == 2
