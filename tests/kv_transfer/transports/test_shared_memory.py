@@ -1,5 +1,6 @@
 """P is a real process with a real unnamed file; D maps it."""
 
+import gc
 import os
 import threading
 import time
@@ -57,6 +58,12 @@ def prefill() -> Iterator[Peer]:
     with prefill_process(serving) as (process, offer):
         assert isinstance(offer, SharedMemoryOffer)
         yield process, offer
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collected() -> None:
+    """What earlier tests have left to the garbage collector may map files too."""
+    gc.collect()
 
 
 @pytest.fixture
