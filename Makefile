@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SITE := $(VENV)/lib/python3.11/site-packages
 CONFIG ?= configs/demo.yaml
 
-.PHONY: demo serve test check install lock bench-start bench-proxy bench-waits bench-kv bench-overlap system-deps clean
+.PHONY: demo serve test check install lock proto bench-start bench-proxy bench-serving bench-waits bench-kv bench-overlap system-deps clean
 
 demo: install
 	$(BIN)/omni_cli demo
@@ -26,8 +26,15 @@ check: install
 bench-start: install
 	$(BIN)/python -m benchmarks.bench_start
 
+# The proxy beside vllm-router, nginx and no proxy, on instant stand-in engines (about 5 minutes). Compiles with gcc; leaves
+# out, and says so, what is not installed (`make system-deps`).
 bench-proxy: install
 	$(BIN)/python -m benchmarks.bench_proxy
+
+# Our 1P1D, two plain vLLM servers, and 1P1D with NIXL behind vllm-router under the same chats and long prompts (about 15
+# minutes; ARGS=--quick: 4, and of no weight).
+bench-serving: install
+	$(BIN)/python -m benchmarks.bench_serving $(ARGS)
 
 # vLLM's engines, whose processes wait for one another in a loop, beside ours, which sleep (about 4 minutes; --model tiny for short steps).
 bench-waits: install
@@ -41,9 +48,10 @@ bench-kv: install
 bench-overlap: install
 	$(BIN)/python -m benchmarks.bench_overlap
 
-# Debian packages beyond Python 3.11 for all of the tests, some of which are skipped without them: Mooncake's library,
-# and network namespaces to cut links in. Needs root; omni itself needs none of them.
-SYSTEM_DEPS := libibverbs1 iproute2 iptables
+# Debian packages beyond Python 3.11 for all of the tests and benchmarks, some of which are skipped without them:
+# Mooncake's library, network namespaces to cut links in, and for bench-proxy load, a peer, and a compiler for its stand-in
+# engines. Needs root; omni itself needs none of them.
+SYSTEM_DEPS := libibverbs1 iproute2 iptables wrk nginx-light gcc libc6-dev
 system-deps:
 	@dpkg -s $(SYSTEM_DEPS) >/dev/null 2>&1 || { \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SYSTEM_DEPS); }
@@ -69,6 +77,10 @@ lock:
 	printf '%s\n' '# Made by `make lock` from pyproject.toml: all of the extras cpu and dev, for Python 3.11 on Linux. Install with --no-deps.' > requirements/cpu.lock.new
 	uv pip compile pyproject.toml --extra cpu --extra dev --python-version 3.11 --no-header --no-annotate -q >> requirements/cpu.lock.new
 	mv requirements/cpu.lock.new requirements/cpu.lock
+
+# The control plane's messages, after a change of its .proto.
+proto: install
+	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. services/global_proxy/control_plane/control_plane.proto
 
 clean:
 	rm -rf $(VENV) logs .pytest_cache .mypy_cache .ruff_cache .coverage

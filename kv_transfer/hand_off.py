@@ -91,6 +91,7 @@ class _Asked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     do_remote_decode: bool | None = None
     do_remote_prefill: bool | None = None
     omni: _OmniAsked | None = None
+    prompt_token_ids: Any = None  # of a chat, instead of its messages: a prompt like any other, and vLLM judges it
     remote_engine_id: None = None
     remote_request_id: None = None
     remote_host: None = None

@@ -46,6 +46,7 @@ class Child:
         stages: what the log says → how far the start has come (0 to 1) and what is being done.
         stop_timeout_s: between SIGTERM and SIGKILL.
         final_codes: exit codes after which starting it again is of no use.
+        is_optional: the others go on when it is given up.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Child:
     stages: tuple[tuple[bytes, float, str], ...] = ()
     stop_timeout_s: float = 15.0
     final_codes: tuple[int, ...] = ()
+    is_optional: bool = False
 
 
 @dataclass
@@ -81,6 +83,7 @@ class _Supervised:
         self.restart_at: float | None = None
         self.num_short_runs = 0  # in a row
         self.was_ever_ready = False
+        self.is_leaving = False  # told to stop while the others go on
         self._folder = folder
         self.state = ProcessState(name=child.name, since_unix_s=time.time())
 
@@ -91,6 +94,11 @@ class _Supervised:
             with contextlib.suppress(OSError):  # a full disk hides the state, it does not stop the process
                 self._folder.write(state)
 
+    def forget(self) -> None:
+        self.log.close()
+        with contextlib.suppress(OSError):
+            self._folder.remove_process(self.child.name)
+
 
 class Supervisor:
     """Args:
@@ -99,6 +107,7 @@ class Supervisor:
     max_failed_starts: a child that ends so often before it was ever ready is given up, and all with it. One that was
         ready once is started again for as long as it takes: the others keep serving.
     on_tick: called some times a second until it returns False.
+    on_request: called after each SIGUSR1, from the loop; it may `add` children and `stop` some.
     """
 
     def __init__(
@@ -108,10 +117,14 @@ class Supervisor:
         *,
         max_failed_starts: int = 3,
         on_tick: Callable[[], bool] | None = None,
+        on_request: Callable[["Supervisor"], None] | None = None,
     ) -> None:
+        self._folder = folder
         self._supervised = [_Supervised(child, folder) for child in children]
         self._max_failed_starts = max_failed_starts
         self._on_tick = on_tick
+        self._on_request = on_request
+        self._is_requested = False
         self._selector = selectors.DefaultSelector()
         self._stop_signal: int | None = None
         self.gave_up = False
@@ -121,6 +134,7 @@ class Supervisor:
         wake_reader, wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._selector.register(wake_reader, selectors.EVENT_READ, None)
         handled = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        handled += [signal.SIGUSR1] if self._on_request else []
         previous = {number: signal.signal(number, self._on_signal) for number in handled}
         previous_fd = signal.set_wakeup_fd(wake_writer, warn_on_full_buffer=False)
         try:
@@ -129,6 +143,9 @@ class Supervisor:
             while self._stop_signal is None and not self.gave_up:
                 self._wait_and_handle(self._seconds_to_timer())
                 self._run_timers()
+                if self._is_requested and self._on_request is not None:
+                    self._is_requested = False
+                    self._on_request(self)
         finally:
             self._stop_all()
             signal.set_wakeup_fd(previous_fd)
@@ -139,8 +156,36 @@ class Supervisor:
             os.close(wake_writer)
         return 1 if self.gave_up else 0
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the children that are to run."""
+        return tuple(s.child.name for s in self._supervised if not s.is_leaving)
+
+    def add(self, child: Child) -> None:
+        """Start one more."""
+        supervised = _Supervised(child, self._folder)
+        self._supervised.append(supervised)
+        self._start(supervised)
+
+    def stop(self, name: str) -> None:
+        """Stop one for good; its state goes when it has ended."""
+        supervised = next(s for s in self._supervised if s.child.name == name and not s.is_leaving)
+        supervised.is_leaving = True
+        supervised.restart_at = None
+        if supervised.running is None:
+            self._drop(supervised)
+        else:
+            _tell_to_stop(supervised.running, supervised.child)
+
+    def _drop(self, supervised: _Supervised) -> None:
+        self._supervised.remove(supervised)
+        supervised.forget()
+
     def _on_signal(self, number: int, frame: object) -> None:
-        self._stop_signal = number
+        if number == signal.SIGUSR1:
+            self._is_requested = True
+        else:
+            self._stop_signal = number
 
     # --- start and end of a process
 
@@ -191,6 +236,8 @@ class Supervisor:
         if running.output is not None:  # what it wrote last: a pipe holds no more than one read takes
             self._on_output(supervised)
         code = self._reap(supervised)
+        if supervised.is_leaving and self._stop_signal is None and not self.gave_up:
+            self._drop(supervised)
         if running.kill_at is not None:
             return
         if running.ready_since is not None and time.monotonic() - running.ready_since > _STEADY_S:
@@ -205,7 +252,7 @@ class Supervisor:
         if never_ready or is_final:
             supervised.set_state(state="failed", pid=None, message=ending)
             self._report(supervised, f"{ending} and is not started again", last_lines)
-            self.gave_up = True
+            self.gave_up = not supervised.child.is_optional
             return
         doublings = min(supervised.num_short_runs - 1, _MAX_DOUBLINGS)
         backoff_s = min(_FIRST_BACKOFF_S * 2**doublings, _LAST_BACKOFF_S)
@@ -249,6 +296,7 @@ class Supervisor:
     def _seconds_to_timer(self) -> float | None:
         due = [s.restart_at for s in self._supervised if s.restart_at is not None]
         due += [s.running.probe_at for s in self._supervised if s.running and s.state.state == "starting"]
+        due += [s.running.kill_at for s in self._supervised if s.running and s.running.kill_at not in (None, math.inf)]
         if self._on_tick is not None:
             due.append(time.monotonic() + _TICK_S)
         return max(0.0, min(due) - time.monotonic()) if due else None
@@ -257,7 +305,9 @@ class Supervisor:
         for supervised in self._supervised:
             now = time.monotonic()
             running = supervised.running
-            if supervised.restart_at is not None and now >= supervised.restart_at:
+            if running is not None and running.kill_at is not None:
+                _kill_if_late(running, now)
+            elif supervised.restart_at is not None and now >= supervised.restart_at:
                 self._start(supervised)
             elif running is not None and supervised.state.state == "starting" and now >= running.probe_at:
                 if _answers(supervised.child.ready_url):
@@ -272,21 +322,29 @@ class Supervisor:
         """SIGTERM to all, the last started first; go on logging while they end; SIGKILL to what does not."""
         for supervised in reversed(self._supervised):
             if supervised.running is not None:
-                supervised.running.kill_at = time.monotonic() + supervised.child.stop_timeout_s
-                os.kill(supervised.running.pid, signal.SIGTERM)
+                _tell_to_stop(supervised.running, supervised.child)
         while stopping := [s.running for s in self._supervised if s.running is not None]:
             now = time.monotonic()
             for running in stopping:
-                assert running.kill_at is not None
-                if now >= running.kill_at:
-                    os.kill(running.pid, signal.SIGKILL)
-                    running.kill_at = math.inf
+                _kill_if_late(running, now)
             first = min(running.kill_at for running in stopping if running.kill_at is not None)
             self._wait_and_handle(None if first == math.inf else max(0.0, first - now))
         for supervised in self._supervised:
             if supervised.state.state != "failed":
                 supervised.set_state(state="stopped", pid=None)
             supervised.log.close()
+
+
+def _tell_to_stop(running: _Running, child: Child) -> None:
+    if running.kill_at is None:
+        running.kill_at = time.monotonic() + child.stop_timeout_s
+        os.kill(running.pid, signal.SIGTERM)
+
+
+def _kill_if_late(running: _Running, now: float) -> None:
+    if running.kill_at is not None and now >= running.kill_at:
+        os.kill(running.pid, signal.SIGKILL)
+        running.kill_at = math.inf
 
 
 def _ending(code: int) -> str:

@@ -15,13 +15,17 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+from kv_transfer.auth import default_key_path, load_key, load_or_make_key
 from omni.adaptors.vllm import api_server, fork_start
+from omni.adaptors.vllm.load_report import LoadReader, vllm_version
+from omni.deployment.engines_file import read_engines, write_engines
 from omni.deployment.errors import DeploymentError
 from omni.deployment.load import load_plan
 from omni.deployment.plan_types import LaunchPlan, ProcessPlan, Role
 from omni.deployment.run_state import RunFolder
 from omni.process import die_with_parent, mark_traces, obey_parent, remove_traces
 from omni.supervisor import STOP_SIGNALS, Child, Supervisor
+from services.instance_agent import AgentSettings, InstanceAgent
 
 # What vLLM logs on its way up, how far that is, and what it is doing then.
 STAGES = (
@@ -36,6 +40,7 @@ STAGES = (
 
 def main(role: Role | None = None) -> int:
     obey_parent()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until the supervisor listens; it reads what there shall be then
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="deployment file")
     if role is not None:
@@ -52,23 +57,44 @@ def main(role: Role | None = None) -> int:
 
 
 def run(plan: LaunchPlan, engines: tuple[ProcessPlan, ...]) -> int:
-    """Supervise these engines until SIGTERM; returns the exit code."""
+    """Supervise these engines until SIGTERM; returns the exit code. All of a deployment's can be scaled."""
     remove_traces()
     eager = all("--enforce-eager" in engine.command for engine in engines)
     fork_start.exec_with(fork_start.exec_environment(eager=eager))
     folder = RunFolder.of(plan.name)
     fork_start.import_vllm(plan.model_path)
-    children = [
-        Child(
-            name=engine.name,
-            start=partial(_fork, partial(_serve, engine)),
-            log_file=engine.log_file,
-            ready_url=f"{engine.url}/health",
-            stages=STAGES,
-        )
-        for engine in engines
-    ]
-    return Supervisor(children, folder).run()
+    deployment = folder.deployment()
+    if deployment is None or not deployment.is_running or engines != plan.processes[:-1]:  # nobody could ask for others
+        return Supervisor([_child(plan, engine) for engine in engines], folder).run()
+    scaled = read_engines(folder)  # if this host was started again
+    if scaled is None:
+        write_engines(folder, engines)
+    children = [_child(plan, engine) for engine in scaled or engines]
+    return Supervisor(children, folder, on_request=partial(_scale, plan, folder)).run()
+
+
+def _child(plan: LaunchPlan, engine: ProcessPlan, *, is_optional: bool = False) -> Child:
+    return Child(
+        name=engine.name,
+        start=partial(_fork, partial(_serve, plan, engine)),
+        log_file=engine.log_file,
+        ready_url=f"{engine.url}/health",
+        stages=STAGES,
+        is_optional=is_optional,
+    )
+
+
+def _scale(plan: LaunchPlan, folder: RunFolder, supervisor: Supervisor) -> None:
+    """Start and stop engines until they are those of the file that `omni_cli scale` has written."""
+    engines = read_engines(folder)
+    if engines is None:
+        return
+    running = supervisor.names
+    for name in set(running) - {engine.name for engine in engines}:
+        supervisor.stop(name)
+    for engine in engines:
+        if engine.name not in running:
+            supervisor.add(_child(plan, engine, is_optional=True))
 
 
 def _engines(plan: LaunchPlan, role: Role | None, group: str | None) -> tuple[ProcessPlan, ...]:
@@ -81,9 +107,31 @@ def _engines(plan: LaunchPlan, role: Role | None, group: str | None) -> tuple[Pr
     return engines
 
 
-def _serve(engine: ProcessPlan) -> None:
+def _serve(plan: LaunchPlan, engine: ProcessPlan) -> None:
     os.environ.update(engine.env)
-    api_server.serve(engine.arguments)
+    if not plan.control_addresses:
+        api_server.serve(engine.arguments)
+        return
+    key = load_or_make_key(default_key_path()) if plan.key_file is None else load_key(plan.key_file)
+    api_server.serve(engine.arguments, partial(InstanceAgent, _agent_settings(plan, engine), key, LoadReader()))
+
+
+def _agent_settings(plan: LaunchPlan, engine: ProcessPlan) -> AgentSettings:
+    is_prefill = engine.role == "prefill"
+    return AgentSettings(
+        proxies=plan.control_addresses,
+        role=engine.role,
+        url=engine.url,
+        kv_address=engine.kv_address if is_prefill and plan.mode == "layerwise" else None,
+        bootstrap_url=f"http://{engine.kv_address}" if is_prefill and plan.connector == "mooncake" else None,
+        facts={
+            "model": plan.served_model_name,
+            "vllm": vllm_version(),
+            "dtype": plan.dtype,
+            "connector": plan.connector,
+            "mode": plan.mode,
+        },
+    )
 
 
 def _fork(serve: Callable[[], None], output: int) -> int:
@@ -108,6 +156,7 @@ def _run_child(serve: Callable[[], None], output: int, parent_pid: int, mask: It
         os.dup2(output, 2)
         _close_inherited()
         signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
         for number in STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)

@@ -2,56 +2,32 @@
 
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, ParamSpec, TypeVar
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from omni.cli import detached, running
+from omni.cli import detached, running, scale
+from omni.cli.clear_errors import clear_errors
 from omni.cli.demo import run_demo
 from omni.cli.progress import StartProgress
 from omni.deployment.backends import local
 from omni.deployment.checks import check_machine
-from omni.deployment.errors import DeploymentError
 from omni.deployment.load import load_plan
 from omni.deployment.plan_types import LaunchPlan
 from omni.deployment.render import plan_as_dict, plan_table
 from omni.deployment.run_state import RunFolder
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(scale.app, name="scale")
 console = Console()
-errors = Console(stderr=True)
 
 Config = Annotated[Path, typer.Argument(help="deployment file, for example configs/demo.yaml")]
 Name = Annotated[str | None, typer.Argument(help="deployment name; not needed while only one runs")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def clear_errors(command: Callable[P, R]) -> Callable[P, R]:
-    """What the user can mend is one message and exit code 2, without a traceback."""
-
-    @wraps(command)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return command(*args, **kwargs)
-        except DeploymentError as error:
-            message = str(error)
-        except BrokenPipeError:  # the reader of our output has left
-            raise
-        except OSError as error:  # a file, folder or disk that we cannot use
-            message = str(error)
-        errors.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2)
-
-    return wrapped
 
 
 @app.command()

@@ -42,8 +42,6 @@ def _model_problems(plan: LaunchPlan) -> Iterator[Problem]:
 
 def _key_problems(plan: LaunchPlan) -> Iterator[Problem]:
     """This user's own key is made here; one that the file names must be there."""
-    if plan.connector != "omni":
-        return
     try:
         load_or_make_key(default_key_path()) if plan.key_file is None else load_key(plan.key_file)
     except ValueError as error:
@@ -80,6 +78,9 @@ def _ports(process: ProcessPlan) -> Iterator[tuple[str, int]]:
     yield ("base_api_port" if process.group else "listen_port"), process.port
     if process.kv_port is not None:
         yield "base_kv_port", process.kv_port
+    if process.event_port is not None:
+        yield "base_event_port", process.event_port
+        yield "base_event_port", process.event_port + 1
     if process.dp_rank == 0 and "--data-parallel-rpc-port" in process.command:
         yield "master_port", int(process.env["VLLM_DP_MASTER_PORT"])
 

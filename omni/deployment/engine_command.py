@@ -69,6 +69,7 @@ class EngineCommand:
     kv_bytes_per_worker: int | None  # None: vLLM measures the device
     kv_transfer: KvTransfer
     kv_port: int | None  # of this rank; None: none is planned
+    event_port: int | None  # where this rank publishes KV events, and on the next one repeats them; None: nowhere
     is_cpu: bool
     is_moe: bool
 
@@ -110,6 +111,8 @@ class EngineCommand:
         if self.group.pipeline_parallel_size > 1:
             yield from ("--pipeline-parallel-size", str(self.group.pipeline_parallel_size))
         yield from ("--kv-transfer-config", json.dumps(self._kv_transfer_config()))
+        if self.event_port is not None:
+            yield from ("--kv-events-config", json.dumps(self._kv_events_config(self.event_port)))
         # Without it vLLM kills its EngineCore at once, which then cannot clean up.
         yield from ("--shutdown-timeout", str(SHUTDOWN_TIMEOUT_S))
         if self.kv_bytes_per_worker is not None:
@@ -157,6 +160,16 @@ class EngineCommand:
             "kv_role": {"prefill": "kv_producer", "decode": "kv_consumer"}[self.group.role],
             "kv_load_failure_policy": self.kv_transfer.load_failure_policy,
             "kv_connector_extra_config": self._connector_config(),
+        }
+
+    def _kv_events_config(self, port: int) -> dict[str, object]:
+        if self._is_in_step:
+            port -= self.dp_rank  # vLLM adds the rank of ranks that run in step
+        return {
+            "enable_kv_cache_events": True,
+            "publisher": "zmq",
+            "endpoint": f"tcp://{self.host}:{port}",
+            "replay_endpoint": f"tcp://{self.host}:{port + 1}",
         }
 
     def _connector_config(self) -> dict[str, object]:
@@ -212,5 +225,6 @@ def _mend(flag: str) -> str:
         "--port": "base_api_port",
         "--host": "hosts",
         "--kv-transfer-config": "services.kv_transfer",
+        "--kv-events-config": "services.prefill.kv_events",
     }
     return f"delete it and write {keys[flag]}" if flag in keys else "delete it"

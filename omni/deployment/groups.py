@@ -4,7 +4,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from omni.deployment.model import KV_PORT_OFFSET, MASTER_PORT_OFFSET, Deployment, EngineOptions, Group, HostOverride
+from omni.deployment.model import (
+    EVENT_PORT_OFFSET,
+    KV_PORT_OFFSET,
+    MASTER_PORT_OFFSET,
+    Deployment,
+    EngineOptions,
+    Group,
+    HostOverride,
+)
 
 Pool = Literal["prefill", "decode"]
 
@@ -83,6 +91,10 @@ class GroupSettings:
     def base_kv_port(self, host: str) -> int:
         written = self.override(host).base_kv_port or self.group.base_kv_port
         return written or self.base_api_port(host) + KV_PORT_OFFSET
+
+    def base_event_port(self, host: str) -> int:
+        written = self.override(host).base_event_port or self.group.base_event_port
+        return written or self.base_api_port(host) + EVENT_PORT_OFFSET
 
     @property
     def master_port(self) -> int:

@@ -38,9 +38,30 @@ Platform = Literal["cpu", "npu", "cuda"]
 KvConnector = Literal["omni", "nixl", "mooncake"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
+Fallback = Literal["none", "decode_only"]
+PrefillPolicy = Literal[
+    "round_robin",
+    "least_active",
+    "weighted_least_active",
+    "power_of_two",
+    "consistent_hash",
+    "prefill_score_balance",
+    "prefix_aware",
+]
+DecodePolicy = Literal[
+    "round_robin",
+    "least_active",
+    "weighted_least_active",
+    "power_of_two",
+    "consistent_hash",
+    "pd_score_balance",
+    "prefix_aware",
+]
+
 HOST_KEY = "host <IP>"  # the alias below: how errors name the overrides of single hosts
 MASTER_PORT_OFFSET = 1000
 KV_PORT_OFFSET = 2000
+EVENT_PORT_OFFSET = 3000
 EMBEDDED = "embedded:"  # model_path: embedded:<name>
 
 
@@ -62,6 +83,7 @@ class HostOverride(Access):
     master_port: Port | None = None
     base_api_port: Port | None = None
     base_kv_port: Port | None = None
+    base_event_port: Port | None = None
     ascend_rt_visible_devices: Devices | None = None
 
 
@@ -85,6 +107,8 @@ class Group(Access, EngineOptions):
     base_kv_port: Port | None = (
         None  # where rank r is asked for KV, where that is planned; default: base_api_port + 2000
     )
+    base_event_port: Port | None = None  # P: rank r publishes its KV events on base_event_port + 2r and + 2r + 1;
+    # default: base_api_port + 3000
     ascend_rt_visible_devices: Devices | None = None
     host_overrides: dict[str, HostOverride] = Field(default_factory=dict, alias="host <IP>")
 
@@ -102,6 +126,17 @@ class Group(Access, EngineOptions):
 class Proxy(Access):
     host: Host = "127.0.0.1"
     listen_port: Port = 7000
+    control_port: Port | None = None  # where engines join and report their load; default: nowhere
+    other_control_addresses: tuple[Text, ...] = ()  # HOST:PORT of more proxies that the engines join
+    workers: Count = 1  # processes behind listen_port
+    prefill_policy: PrefillPolicy | None = None  # who gets a prompt; default: the proxy's own
+    decode_policy: DecodePolicy | None = None
+    fallback: Fallback = "none"  # decode_only: while no prefill is up, decode computes prompts too
+    api_keys_file: LocalPath | None = None  # hashed keys; without it everybody is served
+    tls_certificate_file: LocalPath | None = None  # PEM; with tls_key_file, listen_port speaks TLS
+    tls_key_file: LocalPath | None = None
+    otlp_endpoint: Text | None = None  # of an OpenTelemetry collector: http://HOST:4318
+    extra_args: Arguments = ()  # more arguments for `python -m services.global_proxy`
 
 
 class Pools(Block):
@@ -114,6 +149,7 @@ class Pools(Block):
 
 class PrefillServices(EngineOptions):
     max_model_len: Count = 32000  # tokens; the default shrinks to what the model can do, a written value does not
+    kv_events: bool = False  # tell the proxy what the prefix cache holds: for its policy prefix_aware
 
 
 class DecodeServices(EngineOptions):

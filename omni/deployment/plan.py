@@ -16,7 +16,7 @@ from omni.deployment.groups import GroupSettings, group_settings
 from omni.deployment.local_hosts import host_problems
 from omni.deployment.machine import Machine
 from omni.deployment.memory import GIB, PROXY_BYTES, KvNeed, engine_bytes_without_kv, kv_need, kv_sizes
-from omni.deployment.model import Deployment, KvTransfer
+from omni.deployment.model import Deployment, KvTransfer, Proxy
 from omni.deployment.model_info import DTYPE_BYTES, ModelInfo
 from omni.deployment.plan_types import LaunchPlan, ProcessPlan
 
@@ -67,6 +67,8 @@ def make_plan(deployment: Deployment, model: ModelInfo, machine: Machine, *, con
         dtype=dtype,
         connector=connector,
         key_file=deployment.services.kv_transfer.key_file,
+        mode=deployment.services.kv_transfer.mode,
+        control_addresses=_control_addresses(deployment.deployment.proxy),
         processes=(*engines, _proxy(deployment, engines)),
     )
 
@@ -155,6 +157,7 @@ def _command(deployment: Deployment, rank: _Rank, model: ModelInfo, dtype: str) 
         kv_bytes_per_worker=None if rank.kv_bytes is None else rank.kv_bytes // group.num_workers,
         kv_transfer=kv_transfer,
         kv_port=group.base_kv_port(host) + rank.dp_rank if group.role in kv_transfer.roles_with_port else None,
+        event_port=_event_port(deployment, rank),
         is_cpu=deployment.effective_platform == "cpu",
         is_moe=model.is_moe,
     )
@@ -182,7 +185,16 @@ def _engine(deployment: Deployment, rank: _Rank, command: EngineCommand) -> Proc
         kv_bytes=rank.kv_bytes or 0,
         memory_bytes=rank.memory_bytes,
         kv_port=command.kv_port,
+        event_port=command.event_port,
     )
+
+
+def _event_port(deployment: Deployment, rank: _Rank) -> int | None:
+    """Two for each P."""
+    group = rank.group
+    if group.role != "prefill" or not deployment.services.prefill.kv_events:
+        return None
+    return group.base_event_port(group.hosts[0]) + 2 * rank.dp_rank
 
 
 def _proxy(deployment: Deployment, engines: Sequence[ProcessPlan]) -> ProcessPlan:
@@ -190,7 +202,13 @@ def _proxy(deployment: Deployment, engines: Sequence[ProcessPlan]) -> ProcessPla
     command = [sys.executable, "-m", "services.global_proxy", "--host", proxy.host, "--port", str(proxy.listen_port)]
     for engine in engines:
         command += [f"--{engine.role}", engine.url]
+    if proxy.control_port is not None:
+        command += ["--control-port", str(proxy.control_port)]
     command += _proxy_kv_arguments(deployment.services.kv_transfer, engines)
+    for engine in engines:
+        if engine.event_address:
+            command += ["--kv-events", engine.event_address]
+    command += _proxy_options(proxy)
     return ProcessPlan(
         name="proxy",
         role="proxy",
@@ -205,6 +223,30 @@ def _proxy(deployment: Deployment, engines: Sequence[ProcessPlan]) -> ProcessPla
         kv_bytes=0,
         memory_bytes=PROXY_BYTES,
     )
+
+
+def _proxy_options(proxy: Proxy) -> Iterator[str]:
+    """What differs from the proxy's own defaults."""
+    for option, value, default in (
+        ("--workers", proxy.workers, 1),
+        ("--prefill-policy", proxy.prefill_policy, None),
+        ("--decode-policy", proxy.decode_policy, None),
+        ("--fallback", proxy.fallback, "none"),
+        ("--api-keys", proxy.api_keys_file, None),
+        ("--tls-certificate", proxy.tls_certificate_file, None),
+        ("--tls-key", proxy.tls_key_file, None),
+        ("--otlp-endpoint", proxy.otlp_endpoint, None),
+    ):
+        if value != default:
+            yield from (option, str(value))
+    yield from proxy.extra_args
+
+
+def _control_addresses(proxy: Proxy) -> tuple[str, ...]:
+    """Of each proxy that the engines join, as they reach it from here."""
+    host = "127.0.0.1" if proxy.host == "0.0.0.0" else proxy.host
+    own = () if proxy.control_port is None else (f"{host}:{proxy.control_port}",)
+    return (*own, *proxy.other_control_addresses)
 
 
 def _proxy_kv_arguments(kv_transfer: KvTransfer, engines: Sequence[ProcessPlan]) -> Iterator[str]:

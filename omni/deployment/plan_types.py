@@ -29,6 +29,7 @@ class ProcessPlan:
     cpu_cores: tuple[int, ...]  # empty: wherever the system puts it
     kv_bytes: int  # KV cache, bytes; 0 for the proxy
     memory_bytes: int  # all memory the process is expected to need, bytes
+    event_port: int | None = None  # where it publishes its KV events; repeats them on the next one; None: nowhere
     kv_port: int | None = None  # where it is asked for KV; None: nowhere, or on a port of the system's choice
 
     @property
@@ -41,8 +42,20 @@ class ProcessPlan:
         return f"http://{self.host}:{self.port}"
 
     @property
+    def ports(self) -> tuple[int, ...]:
+        """All that it listens on."""
+        more = () if self.kv_port is None else (self.kv_port,)
+        return (
+            (self.port, *more) if self.event_port is None else (self.port, *more, self.event_port, self.event_port + 1)
+        )
+
+    @property
     def kv_address(self) -> str | None:
         return None if self.kv_port is None else f"{self.host}:{self.kv_port}"
+
+    @property
+    def event_address(self) -> str | None:
+        return None if self.event_port is None else f"{self.host}:{self.event_port}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +70,8 @@ class LaunchPlan:
     connector: KvConnector
     key_file: Path | None  # as written; None: this user's own
     processes: tuple[ProcessPlan, ...]
+    mode: str = "pull"  # how KV gets from P to D, with our connector
+    control_addresses: tuple[str, ...] = ()  # HOST:PORT of each proxy's control plane: the engines join there
 
     def instance(self, role: Role, group: str) -> tuple[ProcessPlan, ...]:
         """The DP ranks of one prefill or decode group, in rank order."""

@@ -38,10 +38,15 @@ def port_claims(deployment: Deployment) -> Iterator[PortClaim]:
             if group.role in with_kv_port:
                 first = group.base_kv_port(host)
                 yield PortClaim(host, first, first + more, _port_field(group, host, "base_kv_port"))
+            if group.role == "prefill" and deployment.services.prefill.kv_events:
+                first = group.base_event_port(host)
+                yield PortClaim(host, first, first + 2 * more + 1, _port_field(group, host, "base_event_port"))
         port = group.master_port
         yield PortClaim(group.hosts[0], port, port, _port_field(group, group.hosts[0], "master_port"))
     proxy = deployment.deployment.proxy
     yield PortClaim(proxy.host, proxy.listen_port, proxy.listen_port, "deployment.proxy.listen_port")
+    if proxy.control_port is not None:
+        yield PortClaim(proxy.host, proxy.control_port, proxy.control_port, "deployment.proxy.control_port")
 
 
 def port_problems(deployment: Deployment) -> Iterator[Problem]:

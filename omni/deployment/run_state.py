@@ -87,6 +87,9 @@ class RunFolder:
         states = (self._read(name, ProcessState) for name in names if name.endswith(".process.json"))
         return {state.name: state for state in states if state is not None}
 
+    def remove_process(self, name: str) -> None:
+        (self.path / f"{name}.process.json").unlink(missing_ok=True)
+
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
 

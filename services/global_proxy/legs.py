@@ -1,171 +1,249 @@
-"""The two legs of a request: to P, which computes the prompt, and to D, whose answer is relayed as it comes."""
+"""The two legs of a request: to P, which computes the prompt, and to D, which answers."""
 
 import time
-from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
-import aiohttp
+import msgspec
 
-from services.global_proxy.errors import UnreachableError, UpstreamError
-from services.global_proxy.metrics import Metrics
-from services.global_proxy.reply import Header, Reply
-from services.global_proxy.request_body import RequestBody
-from services.global_proxy.upstream import EngineClient, Instance, Pool
+from services.global_proxy.call import Call
+from services.global_proxy.error_events import error_at, is_lost
+from services.global_proxy.errors import (
+    DiedError,
+    EngineStatusError,
+    NoInstanceError,
+    NonsenseError,
+    UnreachableError,
+    UpstreamError,
+)
+from services.global_proxy.http.engine_connection import EngineAnswer
+from services.global_proxy.http.reply import Header
+from services.global_proxy.instances.instance import Instance
+from services.global_proxy.instances.leg import Leg
+from services.global_proxy.instances.pool import Pool
+from services.global_proxy.observing.metrics import Metrics
+from services.global_proxy.observing.tracing import Leg as TracedLeg
+from services.global_proxy.prompt_of import PromptReader
+from services.global_proxy.retries import RetryBudget
+from services.global_proxy.short_prompts import ShortPrompts
 
 _PATH_DISAGGREGATED = (b"x-omni-path", b"disaggregated")
 _PATH_DECODE_ONLY = (b"x-omni-path", b"decode_only")
 
-Gate = Callable[[int], Awaitable[None]]  # called with the status of D's answer; returns once it may be relayed
+NULL = msgspec.Raw(b"null")
 
 
-@dataclass(frozen=True)
-class Call:
-    """A request on its way: what to send where, as the same thing under the same id on both legs."""
-
-    path: str
-    body: RequestBody
-    headers: Mapping[str, str]
-    started_s: float  # time.monotonic()
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = None
 
 
-@dataclass
-class Trace:
-    """What became of a request, for its log line."""
-
-    prefill: str | None = None  # the instances asked last
-    decode: str | None = None
-    decode_only: str | None = None  # why P had no part in it
-    ttft_s: float | None = None
+class _Usage(msgspec.Struct):
+    prompt_tokens: int = 0
+    prompt_tokens_details: _Details | None = None
 
 
-@dataclass(frozen=True)
-class Answer:
-    status: int
-    content_type: bytes
-    body: bytes
-    headers: tuple[Header, ...] = ()
+class _Choice(msgspec.Struct):
+    prompt_token_ids: msgspec.Raw = NULL  # completions
+
+
+class PrefillAnswer(msgspec.Struct):
+    """What of P's answer matters."""
+
+    kv_transfer_params: msgspec.Raw = NULL
+    prompt_token_ids: msgspec.Raw = NULL  # chat
+    usage: _Usage | None = None
+    choices: list[_Choice] = []
+
+
+_prefill_decoder = msgspec.json.Decoder(PrefillAnswer)
+
+
+@dataclass(slots=True)
+class Prefilled:
+    """P has answered. Times are on the monotonic clock."""
+
+    instance: Instance
+    answer: EngineAnswer
+    num_tokens_ahead: int  # in flight on P when this prompt was sent
+    sent_s: float
+    answered_s: float
+    num_cached_tokens: int | None = None  # of the prompt, where P tells it
+
+
+@dataclass(slots=True)
+class Opened:
+    """D's answer, that the client may have now: whole, or a stream that has begun. Close it.
+
+    Attributes:
+        leg: goes on giving the stream; None once closed.
+    """
+
+    instance: Instance
+    answer: EngineAnswer
+    path_header: Header
+    leg: Leg | None = None
+    trace: TracedLeg | None = None
+
+    @property
+    def is_good(self) -> bool:
+        """D has taken the request. What its api server finds out late comes as an event after a 200."""
+        head = self.answer.head
+        return head.status == 200 and not (head.is_stream and error_at(self.answer.body) is not None)
+
+    def close(self, error_reason: str | None = None) -> None:
+        if self.leg is not None:
+            self.leg.close()
+            self.leg = None
+        if self.trace is not None:
+            self.trace.end(status=self.answer.head.status, error=error_reason)
+            self.trace = None
 
 
 class Legs:
     """Sends legs to one pool of each role."""
 
-    def __init__(self, prefill: Pool, decode: Pool, client: EngineClient, metrics: Metrics) -> None:
-        self._prefill_pool = prefill
-        self._decode_pool = decode
-        self._client = client
+    def __init__(
+        self,
+        prefill: Pool,
+        decode: Pool,
+        prompts: PromptReader,
+        short: ShortPrompts,
+        retries: RetryBudget,
+        metrics: Metrics,
+    ) -> None:
+        self.prefill_pool = prefill
+        self.decode_pool = decode
+        self._prompts = prompts
+        self._retries = retries
+        self._short = short
         self._metrics = metrics
 
-    def choose_prefill(self) -> Instance:
-        return _choose(self._prefill_pool)
+    def choose(self, pool: Pool, call: Call) -> Instance:
+        """Raises NoInstanceError."""
+        instance = pool.choose(call.prompt, call.tried) or call.take_second_chance(pool.instances)
+        if instance is None:
+            raise NoInstanceError(f"No {pool.role} instance is up")
+        return instance
 
-    def other_prefill(self, tried: Instance, error: UpstreamError) -> Instance | None:
-        """Another P after one has failed so: a prompt can be computed twice. The only one, if nothing came to it."""
-        only = tried if isinstance(error, UnreachableError) else None
-        return self._prefill_pool.choose(tried) or only
-
-    async def prefill(self, instance: Instance, call: Call, body: bytes, trace: Trace) -> Answer:
-        """P's whole answer. Raises UpstreamError."""
-        trace.prefill = instance.name
-        started_s = time.monotonic()
-        async with self._client.post(self._prefill_pool, instance, call.path, body, call.headers) as response:
-            answer = await _read_whole(response)
-        self._metrics.prefill_seconds.observe(time.monotonic() - started_s)
-        self._count_server_error(instance, answer.status)
-        return answer
-
-    async def relay_prefill(self, answer: Answer, reply: Reply) -> None:
-        """Give P's answer to the client: it is an error, and the end."""
-        await _relay_whole(answer, reply, _PATH_DISAGGREGATED)
-
-    async def decode(self, call: Call, body: bytes, reply: Reply, trace: Trace, gate: Gate | None = None) -> None:
-        """Relay D's answer. A hand-off is good for one D: another is tried (the only one, once more) only if the first
-        saw nothing of it.
-
-        Args:
-            gate: may hold back D's answer, at its first bytes; no more of it is read in the meantime.
-
-        Raises:
-            UpstreamError: D failed, and no other could take over.
-        """
-        first = _choose(self._decode_pool)
+    async def prefill(self, instance: Instance, call: Call, body: bytes) -> Prefilled:
+        """P's answer: of 200, or the request's own fault. Raises UpstreamError."""
+        call.record.prefill = instance.name
+        call.record.decode_only = None  # if it was tried so, it failed
+        prompt, num_tokens_ahead = call.prompt, instance.num_tokens
+        trace = call.trace.start_leg("prefill", instance.name)
+        error_reason: str | None = "aborted"
+        leg = Leg(instance, prompt.num_tokens)
+        policies = (self.prefill_pool.policy, self.decode_pool.policy)
+        for policy in policies:
+            policy.started(instance, prompt)
         try:
-            await self._decode_on(first, call, body, reply, trace, gate)
-        except UnreachableError:
-            other = self._decode_pool.choose(tried=first) or first
-            await self._decode_on(other, call, body, reply, trace, gate)
+            answer = await leg.send(_request(instance, call.prefill_path, call, trace.headers, body))
+            error_reason = None
+        except UpstreamError as error:
+            error_reason = error.reason
+            raise
+        finally:
+            leg.close()
+            for policy in policies:
+                policy.finished(instance, prompt)
+            trace.end(error=error_reason)
+        if answer.head.status != 200:
+            instance.succeeded()
+        now_s = time.monotonic()
+        self._metrics.prefill_seconds.observe(now_s - leg.sent_s)
+        return Prefilled(instance, answer, num_tokens_ahead, leg.sent_s, now_s)
 
-    async def decode_alone(self, call: Call, reply: Reply, trace: Trace, reason: str) -> None:
-        """Have D compute the prompt too. Raises UpstreamError."""
-        trace.decode_only = reason
+    def read_prefill(self, call: Call, prefilled: Prefilled) -> msgspec.Raw:
+        """What P hands off; null if nothing. From here on the prompt's size is known, and its token ids if P told them.
+
+        Raises NonsenseError.
+        """
+        try:
+            read = _prefill_decoder.decode(prefilled.answer.body)
+        except ValueError as error:
+            prefilled.instance.failed(NonsenseError.reason, error)
+            raise NonsenseError(prefilled.instance) from error
+        prefilled.instance.succeeded()
+        if read.usage is not None and read.usage.prompt_tokens:
+            self._learn(call, prefilled, read.usage)
+        ids = read.choices[0].prompt_token_ids if read.choices else NULL
+        if ids == NULL:
+            ids = read.prompt_token_ids
+        if ids != NULL and call.body.takes_token_ids:
+            call.prompt_token_ids = bytes(ids)
+            if len(self.prefill_pool.instances) > 1:
+                self.prefill_pool.policy.tokenised(call.prompt, call.prompt_token_ids)
+        return read.kv_transfer_params
+
+    def saw_handoff(self, prefilled: Prefilled) -> None:
+        """D's answer to a hand-off has begun."""
+        self._short.saw_handoff(time.monotonic() - prefilled.answered_s)
+
+    async def decode(self, call: Call, body: bytes) -> Opened:
+        """D's answer, or the beginning of its stream.
+
+        A hand-off is good for one D: another is tried (the only one, once more) only if the first saw nothing of it.
+        Raises UpstreamError, NoInstanceError.
+        """
+        failure: UpstreamError | None = None
+        while True:
+            try:
+                instance = self.choose(self.decode_pool, call)
+            except NoInstanceError as error:
+                raise failure or error from None
+            try:
+                return await self._decode_on(instance, call, body)
+            except UnreachableError as error:
+                failure = error
+                if not self._retries.may_retry(call, error):
+                    raise
+
+    async def decode_alone(self, call: Call, reason: str) -> Opened:
+        """Have D compute the prompt too. Raises UpstreamError, NoInstanceError."""
+        call.record.decode_only = reason
         self._metrics.decode_only.labels(reason).inc()
-        await self.decode(call, call.body.plain_json, reply, trace)
+        opened = await self.decode(call, call.body.plain_json)
+        if opened.leg is not None and opened.answer.head.is_stream:
+            instance, now_s = opened.leg.instance, time.monotonic()
+            if instance.takes_cost(now_s):
+                instance.costs.observe_prefill(call.prompt.num_tokens, 0, now_s - opened.leg.sent_s)
+        return opened
 
-    def prefill_failed(self, instance: Instance, error: UpstreamError, cause: Exception | None = None) -> UpstreamError:
-        """Count and log that P let us down; pass it over for a while if it cannot be reached."""
-        if isinstance(error, UnreachableError):
-            self._prefill_pool.avoid(instance)
-        return self._client.failed(instance, error, cause)
+    async def _decode_on(self, instance: Instance, call: Call, body: bytes) -> Opened:
+        call.record.decode = instance.name
+        trace = call.trace.start_leg("decode", instance.name)
+        leg = Leg(instance, call.prompt.num_tokens + call.prompt.max_new_tokens)
+        try:
+            if call.continuable:
+                body = body[:-1] + b',"return_token_ids":true}'
+            answer = await leg.send(_request(instance, call.path, call, trace.headers, body))
+        except BaseException as error:
+            if isinstance(error, EngineStatusError) and call.record.decode_only is not None:
+                error.path_header = _PATH_DECODE_ONLY
+            trace.end(error=error.reason if isinstance(error, UpstreamError) else "aborted")
+            leg.close()
+            raise
+        if answer.head.is_stream and is_lost(answer.body):
+            trace.end(status=answer.head.status, error="died")
+            leg.close()
+            instance.failed(DiedError.reason, "its engine has failed")
+            raise DiedError(instance)
+        if not answer.head.is_stream:
+            instance.succeeded()
+        path_header = _PATH_DISAGGREGATED if call.record.decode_only is None else _PATH_DECODE_ONLY
+        return Opened(instance, answer, path_header, leg, trace)
 
-    async def _decode_on(
-        self, instance: Instance, call: Call, body: bytes, reply: Reply, trace: Trace, gate: Gate | None
-    ) -> None:
-        trace.decode = instance.name
-        path_header = _PATH_DISAGGREGATED if trace.decode_only is None else _PATH_DECODE_ONLY
-        async with self._client.post(self._decode_pool, instance, call.path, body, call.headers) as response:
-            held_back = b""
-            if gate is not None:
-                held_back = await response.content.readany()
-                await gate(response.status)
-            if response.content_type == "text/event-stream":
-                await self._relay_stream(response, held_back, call, reply, trace, path_header)
-                return
-            answer = await _read_whole(response, held_back)
-        self._saw_first_byte(call, trace)
-        self._count_server_error(instance, answer.status)
-        await _relay_whole(answer, reply, path_header)
-
-    async def _relay_stream(
-        self,
-        response: aiohttp.ClientResponse,
-        held_back: bytes,
-        call: Call,
-        reply: Reply,
-        trace: Trace,
-        path_header: Header,
-    ) -> None:
-        """Bytes as they come. The status line waits for the first one: until then D's failure is an HTTP error."""
-        chunk = held_back or await response.content.readany()
-        self._saw_first_byte(call, trace)
-        await reply.start(response.status, _content_type(response), [path_header])
-        while chunk:
-            await reply.chunk(chunk)
-            chunk = await response.content.readany()
-        await reply.end()
-
-    def _saw_first_byte(self, call: Call, trace: Trace) -> None:
-        trace.ttft_s = time.monotonic() - call.started_s
-        self._metrics.ttft_seconds.observe(trace.ttft_s)
-
-    def _count_server_error(self, instance: Instance, status: int) -> None:
-        if status >= 500:
-            self._metrics.upstream_failures.labels(instance.role, instance.name, f"status_{status}").inc()
+    def _learn(self, call: Call, prefilled: Prefilled, usage: _Usage) -> None:
+        instance = prefilled.instance
+        self._prompts.learn(call.prompt, usage.prompt_tokens)
+        if not call.record.continued:  # then the prompt has grown by what was sent
+            call.record.prompt_tokens = usage.prompt_tokens
+        details = usage.prompt_tokens_details
+        prefilled.num_cached_tokens = None if details is None else details.cached_tokens
+        if instance.takes_cost(prefilled.answered_s):
+            num_computed = usage.prompt_tokens - (prefilled.num_cached_tokens or 0)
+            seconds = prefilled.answered_s - prefilled.sent_s
+            instance.costs.observe_prefill(num_computed, prefilled.num_tokens_ahead, seconds)
 
 
-def _choose(pool: Pool) -> Instance:
-    instance = pool.choose()
-    assert instance is not None, "settings require one instance of each role"
-    return instance
-
-
-async def _read_whole(response: aiohttp.ClientResponse, held_back: bytes = b"") -> Answer:
-    retry_after = response.headers.get("Retry-After")
-    headers = () if retry_after is None else ((b"retry-after", retry_after.encode("latin-1")),)
-    return Answer(response.status, _content_type(response), held_back + await response.read(), headers)
-
-
-async def _relay_whole(answer: Answer, reply: Reply, path_header: Header) -> None:
-    await reply.whole(answer.status, answer.content_type, answer.body, [path_header, *answer.headers])
-
-
-def _content_type(response: aiohttp.ClientResponse) -> bytes:
-    return response.headers.get("Content-Type", "application/octet-stream").encode("latin-1")
+def _request(instance: Instance, path: bytes, call: Call, trace_headers: bytes, body: bytes) -> bytes:
+    return instance.endpoint.request(b"POST", path, call.headers + trace_headers, body)

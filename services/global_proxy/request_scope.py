@@ -1,96 +1,92 @@
 """What bounds a request: its deadline, its client's patience, and the proxy's own end."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from types import TracebackType
-from typing import Any, Self
+import time
 
-from services.global_proxy.errors import ClientGoneError, DeadlineError, DrainingError, RequestEndedError
-
-Receive = Callable[[], Awaitable[Any]]
+from services.global_proxy.errors import DeadlineError, DrainingError, RequestEndedError
 
 
 class RequestScope:
-    """`async with RequestScope(...) as scope:` cancels its block when the first of the three ends it.
+    """Whatever ends the request cancels the task that serves it.
 
-    Raises:
-        DeadlineError: `timeout_s` passed.
-        ClientGoneError: the client hung up, after `watch_client`.
-        RequestEndedError: whatever `end` was given.
+    Attributes:
+        deadline_s: on the monotonic clock, which is the event loop's.
+        why: what ended it, when the task is cancelled.
     """
 
-    def __init__(self, timeout_s: float) -> None:
-        self._timeout = asyncio.timeout(timeout_s)
-        self._why: RequestEndedError = DeadlineError(f"The request took longer than {timeout_s:g} s")
-        self._watcher: asyncio.Task[None] | None = None
-        self._open = False
+    __slots__ = ("_open", "_task", "deadline_s", "why")
+
+    def __init__(self, task: asyncio.Task[None], deadline_s: float) -> None:
+        self.deadline_s = deadline_s
+        self.why: RequestEndedError | None = None
+        self._task = task
+        self._open = True
 
     def end(self, why: RequestEndedError) -> None:
-        """Cancel the block, which then raises `why`. The first reason wins; outside the block nothing happens."""
-        if self._open and not self._timeout.expired():
-            self._why = why
-            self._timeout.reschedule(asyncio.get_running_loop().time())
+        """Cancel the task. The first reason wins; after `close` nothing happens."""
+        if self._open and self.why is None:
+            self.why = why
+            self._task.cancel()
 
-    def watch_client(self, receive: Receive, is_answered: Callable[[], bool]) -> None:
-        """From here on end when the client hangs up. The body must have been read: this takes every message.
-
-        ASGI sends http.disconnect after a complete answer too; `is_answered` tells the two apart.
-        """
-        self._watcher = asyncio.create_task(self._end_with_client(receive, is_answered))
-
-    async def _end_with_client(self, receive: Receive, is_answered: Callable[[], bool]) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        if not is_answered():
-            self.end(ClientGoneError())
-
-    async def __aenter__(self) -> Self:
-        await self._timeout.__aenter__()
-        self._open = True
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """The request is over."""
         self._open = False
-        if self._watcher is not None:
-            self._watcher.cancel()
-        try:
-            await self._timeout.__aexit__(kind, error, traceback)
-        except TimeoutError:
-            raise self._why from None
 
 
 class InFlight:
-    """The scopes now open, so that a stopping proxy can wait for them and, at last, end them."""
+    """The scopes now open, all with the same time to live: ended when that is over, or when the proxy stops.
 
-    def __init__(self) -> None:
+    One timer watches the oldest, so that a request costs none. Make it in the event loop.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
         self.draining = False
-        self._scopes: set[RequestScope] = set()
+        self._timeout_s = timeout_s
+        self._loop = asyncio.get_running_loop()
+        self._scopes: dict[RequestScope, None] = {}  # the oldest first
+        self._timer: asyncio.TimerHandle | None = None
         self._empty = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._scopes)
 
-    def add(self, scope: RequestScope) -> None:
+    def open(self, task: asyncio.Task[None], started_s: float) -> RequestScope:
+        """A new request's scope; `close` it."""
+        scope = RequestScope(task, started_s + self._timeout_s)
+        self._scopes[scope] = None
+        if self._timer is None:
+            self._timer = self._loop.call_at(scope.deadline_s, self._end_the_oldest)
+        return scope
+
+    def close(self, scope: RequestScope) -> None:
+        scope.close()
+        del self._scopes[scope]
+        if not self._scopes:
+            self._empty.set()
+
+    def admit(self) -> None:
         """Raises DrainingError when no more are taken."""
         if self.draining:
             raise DrainingError("The proxy is stopping: send the request again, to another one")
-        self._scopes.add(scope)
-
-    def remove(self, scope: RequestScope) -> None:
-        self._scopes.discard(scope)
-        if not self._scopes:
-            self._empty.set()
 
     async def drain(self, limit_s: float) -> None:
         """Take no more; wait `limit_s` seconds for the rest, then end them."""
         self.draining = True
-        if await self._wait_until_empty(limit_s):
-            return
+        if not await self._wait_until_empty(limit_s):
+            for scope in tuple(self._scopes):
+                scope.end(DrainingError(f"The proxy stopped before the answer was complete ({limit_s:g} s)"))
+            await self._wait_until_empty(2.0)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _end_the_oldest(self) -> None:
+        self._timer = None
+        now_s = time.monotonic()
         for scope in tuple(self._scopes):
-            scope.end(DrainingError(f"The proxy stopped before the answer was complete ({limit_s:g} s)"))
-        await self._wait_until_empty(2.0)  # a client that reads nothing can hold up its last event for a second
+            if scope.deadline_s > now_s:
+                self._timer = self._loop.call_at(scope.deadline_s, self._end_the_oldest)
+                return
+            scope.end(DeadlineError(f"The request took longer than {self._timeout_s:g} s"))
 
     async def _wait_until_empty(self, limit_s: float) -> bool:
         if not self._scopes:

@@ -20,6 +20,7 @@ import yaml
 
 READY_TIMEOUT_S = 600
 ANSWER_TIMEOUT_S = 300
+_NO_SHORT_CUTS = ("--min-prefill-tokens", "0")  # no prompt goes to D alone for being short, or to find out about it
 REPOSITORY = Path(__file__).parents[2]
 
 # Lets a test ask each worker for a digest of every KV block; see worker_digests.py.
@@ -164,7 +165,7 @@ def deployed(
         "deployment": {
             "prefill": groups("prefill", prefill_groups),
             "decode": groups("decode", decode_groups),
-            "proxy": {"host": "127.0.0.1", "listen_port": take(1)},
+            "proxy": {"host": "127.0.0.1", "listen_port": take(1), "extra_args": list(_NO_SHORT_CUTS)},
         },
         "services": {
             "model_path": model,
@@ -277,7 +278,7 @@ def proxy_over(
     for option, servers in (("--prefill", prefill), ("--decode", decode)):
         for server in servers:
             command += [option, server.url]
-    with running([*command, *more], port, folder / f"proxy-{port}.log") as until_ready:
+    with running([*command, *_NO_SHORT_CUTS, *more], port, folder / f"proxy-{port}.log") as until_ready:
         yield until_ready()
 
 

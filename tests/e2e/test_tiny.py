@@ -139,7 +139,7 @@ class TestClientErrors:
             {"model": "another-model"},
             {"prompt": "x" * 5000},
             {"n": 0},
-            {"logprobs": 10_000},
+            {"logprobs": 1_000},
         ],
         ids=lambda change: ",".join(change),
     )

@@ -241,8 +241,14 @@ def test_beside_a_hand_off_there_may_be_the_prompt_s_tokens_and_names_without_a_
         check(params | {"pp_size": 2})
     with pytest.raises(HandOffError, match="unknown field 'x'"):
         check(params | {"x": None})
-    with pytest.raises(HandOffError, match="unknown field 'prompt_token_ids'"):
-        check({"prompt_token_ids": [1, 2]})
+
+
+@pytest.mark.parametrize("beside", [{}, {"do_remote_decode": False}, {"do_remote_prefill": None}])
+def test_a_chat_s_tokens_are_no_hand_off(beside: Params) -> None:
+    check({"prompt_token_ids": [1, 2]} | beside)
+    check({"prompt_token_ids": [1, 2], "do_remote_prefill": True} | ticket(), "decode")
+    with pytest.raises(HandOffError, match=r"kv_transfer_params\.remote_block_ids is "):
+        check({"prompt_token_ids": [1, 2], "remote_block_ids": [[1]]} | beside)
 
 
 @pytest.mark.parametrize("value", [0, MAX_READERS + 1, True, 1.0, "1", None, [], 10**30])

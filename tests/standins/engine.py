@@ -44,6 +44,7 @@ class StandinEngine:
         self.num_aborted = 0  # requests whose connection the proxy closed before the answer was complete
         self.healthy = True
         self.num_chunks = 3  # of a streamed answer
+        self.num_chunks_sent = 0
         self.error: tuple[int, str] | None = None  # answer every completion with this status and body
         self.params: object = KV_TRANSFER_PARAMS  # handed off by a prefill
         self.answer_text: str | None = None  # answer every completion with 200 and this
@@ -53,6 +54,8 @@ class StandinEngine:
             asyncio.Event()
         )  # clear: completions wait, before their answer or (stream) after `gate_after` chunks
         self.gate.set()
+        self.bootstrap_gate = asyncio.Event()  # clear: its queries wait
+        self.bootstrap_gate.set()
         self.gate_after = 0
         self.die_after: int | None = None  # cut the connection after so many chunks; 0: before the status line
         self.half_event = False  # the last chunk before dying is half an event
@@ -63,6 +66,8 @@ class StandinEngine:
         app = web.Application(client_max_size=2**26)
         app.router.add_post("/v1/completions", self._complete)
         app.router.add_post("/v1/chat/completions", self._complete)
+        for path in ("/v1/embeddings", "/tokenize", "/detokenize"):
+            app.router.add_post(path, self._relayed)
         app.router.add_get("/health", self._health)
         app.router.add_get("/query", self._query)
         app.router.add_get("/v1/models", self._models)
@@ -76,6 +81,10 @@ class StandinEngine:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def stop(self) -> None:
+        """Close every connection and refuse new ones."""
         self.gate.set()
         await self._runner.cleanup()
 
@@ -149,6 +158,7 @@ class StandinEngine:
                     await asyncio.sleep(0.05)
                 await self._die(request)
             await response.write(b"data: " + json.dumps(self._chunk(received, i)).encode() + b"\n\n")
+            self.num_chunks_sent += 1
         await response.write(b"data: [DONE]\n\n")
         return response
 
@@ -169,11 +179,21 @@ class StandinEngine:
         request.transport.abort()
         await asyncio.sleep(10)  # until the server notices and cancels this
 
+    async def _relayed(self, request: web.Request) -> web.Response:
+        headers = {name.lower(): value for name, value in request.headers.items()}
+        self.received.append(Received(request.path, headers, await request.json()))
+        if self.error is not None:
+            return web.Response(status=self.error[0], text=self.error[1], content_type="application/json")
+        return web.json_response({"from": self.name})
+
     async def _health(self, request: web.Request) -> web.Response:
-        return web.Response(status=200 if self.healthy else 503)
+        response = web.Response(status=200 if self.healthy else 503)
+        response.force_close()  # a request that breaks on a connection that has served would be sent again: see Leg
+        return response
 
     async def _query(self, request: web.Request) -> web.Response:
         self.num_queries += 1
+        await self.bootstrap_gate.wait()
         return web.json_response(self.bootstrap)
 
     async def _models(self, request: web.Request) -> web.Response:

@@ -7,17 +7,22 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
-from omni.adaptors.vllm import fork_start, hand_off_guard, queue_waits
+from omni.adaptors.vllm import event_publisher, fork_start, hand_off_guard, queue_waits
+
+Beside = Callable[[], AbstractAsyncContextManager[object]]
 
 
-def serve(arguments: Sequence[str]) -> None:
+def serve(arguments: Sequence[str], beside: Beside = nullcontext) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Args:
         arguments: what follows `vllm serve` on a command line.
+        beside: makes what is entered in the server's event loop before it serves, and left after.
 
     Raises:
         SystemExit: the arguments are not vLLM's; it has printed why. Or the deployment key cannot be had.
@@ -31,6 +36,8 @@ def serve(arguments: Sequence[str]) -> None:
 
     _hide_data_parallel_variables(arguments)
     fork_start.use_fork()
+    # A package that vLLM's server imports sets the root logger, and so ours, to ERROR unless this names another level.
+    os.environ.setdefault("SAGEMAKER_CONTAINER_LOG_LEVEL", "INFO")
     if current_platform.is_cpu():
         queue_waits.sleep_at_once()
     args = make_arg_parser(FlexibleArgumentParser(prog="vllm serve")).parse_args(list(arguments))
@@ -38,9 +45,15 @@ def serve(arguments: Sequence[str]) -> None:
     validate_parsed_serve_args(args)
     try:
         hand_off_guard.install(args)
+        event_publisher.install(args)
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    uvloop.run(run_server(args))
+    uvloop.run(_beside(beside, run_server(args)))
+
+
+async def _beside(beside: Beside, serving: Coroutine[Any, Any, None]) -> None:
+    async with beside():
+        await serving
 
 
 def _hide_data_parallel_variables(arguments: Sequence[str]) -> None:

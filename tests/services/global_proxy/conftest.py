@@ -13,11 +13,17 @@ import aiohttp
 import pytest
 
 from kv_transfer.auth import load_or_make_key
-from services.global_proxy.__main__ import DrainingServer, make_server
-from services.global_proxy.app import Proxy
+from services.global_proxy.membership.load_table import LoadTable
+from services.global_proxy.membership.registry import Registry
+from services.global_proxy.membership.registry_client import DirectClient
+from services.global_proxy.processes import make_registry
+from services.global_proxy.proxy import Proxy
+from services.global_proxy.server import ProxyServer
 from services.global_proxy.settings import Settings
 from tests.standins.engine import StandinEngine
 from tests.standins.lease_holder import LeaseHolder
+
+FOREVER_S = 3600.0
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -33,8 +39,9 @@ class Deployment:
 
     prefill: list[StandinEngine]
     decode: list[StandinEngine]
+    registry: Registry
     proxy: Proxy
-    server: DrainingServer
+    server: ProxyServer
     port: int
     client: aiohttp.ClientSession
     prompt: dict[str, Any] = field(default_factory=lambda: {"model": "m", "prompt": "Hello", "max_tokens": 9})
@@ -66,10 +73,27 @@ class Deployment:
     async def idle(self) -> None:
         """Until the proxy has no request in flight; fails unless every counter is back at its baseline."""
         await until(lambda: not len(self.proxy.in_flight))
-        for pool in self.proxy.runtime.pools:
+        assert len(self.proxy.ledger) == 0
+        for pool in self.proxy.members.pools:
             for instance in pool.instances:
                 active = await self.metric("omni_proxy_active_requests", role=instance.role, instance=instance.name)
                 assert active == 0, instance.name
+
+    async def checked(self) -> None:
+        """Until every instance has been asked for its health once; with `health_interval_s=FOREVER_S` only once."""
+        await self.proxy.members.missing_roles()
+
+    @property
+    def num_connections(self) -> int:
+        """To engines, idle or not."""
+        return sum(len(i.endpoint._open) for pool in self.proxy.members.pools for i in pool.instances)
+
+    async def failures(self, engine: StandinEngine, reason: str) -> float:
+        """How often `engine` let a request down so."""
+        role = "prefill" if engine in self.prefill else "decode"
+        return await self.metric(
+            "omni_proxy_upstream_failures_total", role=role, instance=engine.url[7:], reason=reason
+        )
 
     async def raw(self, data: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A bare connection to the proxy with `data` sent."""
@@ -80,6 +104,24 @@ class Deployment:
 
 
 Deploy = Callable[..., Awaitable[Deployment]]
+Logged = Callable[[int], Awaitable[list[dict[str, Any]]]]
+
+
+@pytest.fixture
+def logged(capfd: pytest.CaptureFixture[str]) -> Logged:
+    """logged(n): the first n lines of the request log. Ask for this fixture before any of those that deploy."""
+    text = ""
+
+    def lines() -> list[dict[str, Any]]:
+        nonlocal text
+        text += capfd.readouterr().err
+        return [json.loads(line) for line in text.splitlines() if line.startswith('{"id"')]
+
+    async def wait(num_lines: int) -> list[dict[str, Any]]:
+        await until(lambda: len(lines()) >= num_lines)
+        return lines()
+
+    return wait
 
 
 @pytest.fixture
@@ -114,31 +156,26 @@ async def deploy(key_file: Path) -> AsyncIterator[Deploy]:
             prefill = [await stack.enter_async_context(StandinEngine(f"p{i}")) for i in range(num_prefill)]
             decode = [await stack.enter_async_context(StandinEngine(f"d{i}")) for i in range(num_decode)]
             prefill_urls = (*extra_prefill_urls, *(e.url for e in prefill))
-            proxy = Proxy(
-                Settings(
-                    prefill_urls=prefill_urls,
-                    decode_urls=(*extra_decode_urls, *(e.url for e in decode)),
-                    bootstrap_urls=prefill_urls if settings.get("connector") == "mooncake" else (),
-                    key_file=key_file,
-                    **settings,
-                )
+            predictable = {"prefill_policy": "round_robin", "decode_policy": "round_robin", "min_prefill_tokens": 0}
+            settings = predictable | settings
+            told = Settings(
+                prefill_urls=prefill_urls,
+                decode_urls=(*extra_decode_urls, *(e.url for e in decode)),
+                bootstrap_urls=prefill_urls if settings.get("connector") == "mooncake" else (),
+                key_file=key_file,
+                **settings,
             )
-            sock = socket.socket()
-            stack.callback(sock.close)
-            sock.bind(("127.0.0.1", 0))
-            server = make_server(proxy, "127.0.0.1", 0)
-            task = asyncio.create_task(server.serve(sockets=[sock]))
-            stack.push_async_callback(_stop, server, task)
-            await until(lambda: server.started)
+            sock = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            table = LoadTable.create()
+            key = load_or_make_key(key_file) if told.connector == "omni" else None
+            stack.callback(table.close)
+            registry = make_registry(told, table)
+            proxy = await stack.enter_async_context(Proxy(told, key, table, DirectClient(registry)))
+            server = await stack.enter_async_context(ProxyServer(proxy, sock))
             client = await stack.enter_async_context(aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10)))
-            return Deployment(prefill, decode, proxy, server, sock.getsockname()[1], client)
+            return Deployment(prefill, decode, registry, proxy, server, sock.getsockname()[1], client)
 
         yield start
-
-
-async def _stop(server: DrainingServer, task: asyncio.Task[None]) -> None:
-    server.should_exit = True
-    await asyncio.wait_for(task, 10)
 
 
 @pytest.fixture
@@ -148,8 +185,14 @@ async def pd(deploy: Deploy) -> Deployment:
 
 
 @pytest.fixture
-def refused_url() -> Any:
-    """An address on which nothing listens."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
+def refused_urls() -> Iterator[tuple[str, str]]:
+    """Addresses on which nothing listens."""
+    with socket.socket() as first, socket.socket() as second:
+        for sock in (first, second):
+            sock.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{first.getsockname()[1]}", f"http://127.0.0.1:{second.getsockname()[1]}"
+
+
+@pytest.fixture
+def refused_url(refused_urls: tuple[str, str]) -> str:
+    return refused_urls[0]

@@ -5,11 +5,10 @@ import json
 from collections.abc import Coroutine
 from typing import Any
 
-import aiohttp
 import pytest
 
-from services.global_proxy import mooncake
-from tests.services.global_proxy.conftest import Deploy, Deployment, until
+from services.global_proxy.ways import mooncake
+from tests.services.global_proxy.conftest import FOREVER_S, Deploy, Deployment, Logged, until
 from tests.standins.engine import StandinEngine
 
 NOT_YET_S = 0.3  # long enough for anything that wrongly does not wait
@@ -82,14 +81,13 @@ class TestMooncakesParameters:
         pd.prefill[0].bootstrap = bootstrap
         assert (await pd.complete())[0] == 200
         assert pd.prefill[0].received == []
-        labels = {"role": "prefill", "instance": pd.prefill[0].url[7:], "reason": "died"}
-        assert await pd.metric("omni_proxy_upstream_failures_total", **labels) == 1
+        assert await pd.failures(pd.prefill[0], "nonsense") == 1
 
     async def test_no_bootstrap_server_names_an_engine(self, pd: Deployment) -> None:
         pd.prefill[0].bootstrap = {}
         status, body, _ = await pd.complete()
         assert status == 502
-        assert "bootstrap" in body["error"]["message"]
+        assert body["error"]["message"] == "The prefill instance's answer is nonsense"
         assert pd.engines[0].received == pd.engines[1].received == []
 
     async def test_several_choices_go_to_decode_alone(self, pd: Deployment) -> None:
@@ -124,13 +122,18 @@ class TestOrder:
 
     async def test_what_is_held_back_is_bounded(self, pd: Deployment) -> None:
         pd.prefill[0].gate.clear()
-        pd.decode[0].answer_text = json.dumps({"text": "x" * (32 << 20)})  # more than sockets can hold
-        request = asyncio.create_task(pd.complete())
+        pd.decode[0].num_chunks = 500_000  # more than sockets can hold
+        request = asyncio.create_task(pd.stream())
         await pd.decode[0].wait_for(1)
-        assert not await finishes(request)
-        assert pd.decode[0].num_answered == 0
-        pd.prefill[0].gate.set()
-        assert len((await request)[1]["text"]) == 32 << 20
+        num_sent = -1
+        while num_sent < pd.decode[0].num_chunks_sent:
+            num_sent = pd.decode[0].num_chunks_sent
+            assert not await finishes(request)
+        assert 0 < num_sent < 500_000
+        request.cancel()
+        await asyncio.gather(request, return_exceptions=True)
+        await pd.decode[0].wait_for(num_aborted=1)
+        await pd.idle()
 
     async def test_chunks_arrive_as_they_are_made(self, pd: Deployment) -> None:
         (decode,) = pd.decode
@@ -141,13 +144,13 @@ class TestOrder:
             decode.gate.set()
             assert (await response.content.read()).endswith(b"data: [DONE]\n\n")
 
-    async def test_both_legs_are_measured(self, pd: Deployment, caplog: pytest.LogCaptureFixture) -> None:
-        caplog.set_level("INFO", "services.global_proxy")
+    async def test_both_legs_are_measured(self, deploy: Deploy, logged: Logged) -> None:
+        pd = await deploy(connector="mooncake")
         await pd.complete()
         await pd.idle()
         assert await pd.metric("omni_proxy_prefill_seconds_count") == 1
         assert await pd.metric("omni_proxy_ttft_seconds_count") == 1
-        line = json.loads(caplog.records[-1].message)
+        (line,) = await logged(1)
         assert line["prefill"] == pd.prefill[0].url[7:]
         assert line["decode"] == pd.decode[0].url[7:]
         assert line["decode_only"] is None
@@ -160,25 +163,40 @@ async def _headers(pd: Deployment, body: dict[str, Any]) -> tuple[int, str]:
 
 class TestPrefillFails:
     @pytest.mark.parametrize("stream", [False, True])
-    @pytest.mark.parametrize("status", [400, 500])
-    async def test_its_error_is_the_answer_and_decode_is_ended(self, pd: Deployment, stream: bool, status: int) -> None:
+    async def test_its_error_is_the_answer_and_decode_is_ended(self, pd: Deployment, stream: bool) -> None:
         pd.decode[0].gate.clear()
         pd.prefill[0].gate.clear()
-        pd.prefill[0].error = (status, '{"error":  "mine"}')
+        pd.prefill[0].error = (500, '{"error":  "mine"}')
         request = asyncio.create_task(_headers(pd, pd.prompt | {"stream": stream}))
         await pd.decode[0].wait_for(1)
         pd.prefill[0].gate.set()
-        assert await request == (status, '{"error":  "mine"}')
+        assert await request == (500, '{"error":  "mine"}')
         await pd.decode[0].wait_for(num_aborted=1)
         await pd.idle()
 
     async def test_its_error_wins_over_an_answer_of_decode(self, pd: Deployment) -> None:
         pd.prefill[0].gate.clear()
-        pd.prefill[0].error = (400, "{}")
+        pd.prefill[0].error = (500, "{}")
         request = asyncio.create_task(pd.complete())
         await until(lambda: pd.decode[0].num_answered == 1)
         pd.prefill[0].gate.set()
-        assert (await request)[0] == 400
+        assert (await request)[0] == 500
+
+    async def test_its_nonsense_wins_over_an_answer_of_decode(self, pd: Deployment) -> None:
+        pd.prefill[0].answer_text = "not json"
+        assert (await pd.complete())[0] == 502
+        await pd.idle()
+
+    async def test_what_it_refuses_is_for_decode_to_judge(self, pd: Deployment) -> None:
+        pd.decode[0].gate.clear()  # waits for KV
+        pd.prefill[0].error = (400, "{}")
+        request = asyncio.create_task(pd.complete())
+        await pd.decode[0].wait_for(2, num_aborted=1)
+        pd.decode[0].gate.set()
+        status, _, headers = await request
+        assert (status, headers["x-omni-path"]) == (200, "decode_only")
+        assert "kv_transfer_params" not in pd.decode[0].received[1].body
+        await pd.idle()
 
     async def test_another_is_tried_under_another_name(self, deploy: Deploy) -> None:
         pd = await deploy(2, 1, connector="mooncake")
@@ -194,8 +212,8 @@ class TestPrefillFails:
         assert params(pd.decode[0], 1)["remote_engine_id"] == "p1-1"
         await pd.idle()
 
-    async def test_two_are_tried_at_most(self, deploy: Deploy) -> None:
-        pd = await deploy(3, 1, connector="mooncake")
+    async def test_as_many_are_tried_as_the_settings_say(self, deploy: Deploy) -> None:
+        pd = await deploy(3, 1, connector="mooncake", max_retries=1)
         pd.decode[0].gate.clear()
         for engine in pd.prefill:
             engine.die_after = 0
@@ -206,22 +224,35 @@ class TestPrefillFails:
         await pd.decode[0].wait_for(2, num_aborted=2)
         await pd.idle()
 
-    async def test_one_that_refuses_connections_is_avoided(self, deploy: Deploy, refused_url: str) -> None:
-        pd = await deploy(1, 1, extra_prefill_urls=(refused_url,), connector="mooncake")
+    async def test_one_that_refuses_connections_is_avoided(self, deploy: Deploy) -> None:
+        pd = await deploy(2, 1, connector="mooncake", health_interval_s=FOREVER_S)
+        await pd.checked()
+        await pd.prefill[0].stop()
         for _ in range(4):
             assert (await pd.complete())[0] == 200
-        labels = {"role": "prefill", "instance": refused_url[7:], "reason": "unreachable"}
-        assert await pd.metric("omni_proxy_upstream_failures_total", **labels) == 1
+        assert await pd.failures(pd.prefill[0], "unreachable") == 1
         assert len(pd.decode[0].received) == 4
 
-    async def test_nobody_there(self, deploy: Deploy, refused_url: str) -> None:
-        pd = await deploy(0, 1, extra_prefill_urls=(refused_url,), connector="mooncake")
+    async def test_nobody_there(self, deploy: Deploy) -> None:
+        pd = await deploy(connector="mooncake", health_interval_s=FOREVER_S)
+        await pd.checked()
+        await pd.prefill[0].stop()
         status, _, headers = await pd.complete()
         assert status == 503
         assert headers["retry-after"] == "1"
         assert pd.decode[0].received == []
-        labels = {"role": "prefill", "instance": refused_url[7:], "reason": "unreachable"}
-        assert await pd.metric("omni_proxy_upstream_failures_total", **labels) == 2  # the only one is asked twice
+        assert await pd.failures(pd.prefill[0], "unreachable") == 2  # the only one is asked twice
+
+    async def test_those_who_wait_for_a_silent_bootstrap_server_do_so_together(
+        self, deploy: Deploy, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(mooncake, "_QUERY_TIMEOUT_S", 0.2)
+        pd = await deploy(connector="mooncake")
+        pd.prefill[0].bootstrap_gate.clear()
+        answers = await asyncio.gather(*(pd.complete() for _ in range(10)))
+        assert [status for status, _, _ in answers] == [503] * 10
+        assert pd.prefill[0].num_queries <= 2
+        pd.prefill[0].bootstrap_gate.set()
 
 
 class TestDecodeFails:
@@ -250,16 +281,18 @@ class TestDecodeFails:
         await pd.prefill[0].wait_for(num_aborted=1)
         await pd.idle()
 
-    async def test_one_that_refuses_connections_is_replaced_for_the_same_transfer(
-        self, deploy: Deploy, refused_url: str
-    ) -> None:
-        pd = await deploy(1, 1, extra_decode_urls=(refused_url,), connector="mooncake")
+    async def test_one_that_refuses_connections_is_replaced_for_the_same_transfer(self, deploy: Deploy) -> None:
+        pd = await deploy(1, 2, connector="mooncake", health_interval_s=FOREVER_S)
+        await pd.checked()
+        await pd.decode[0].stop()
         assert (await pd.complete())[0] == 200
         (to_prefill,) = pd.prefill[0].received
-        assert params(pd.decode[0])["transfer_id"] == to_prefill.body["kv_transfer_params"]["transfer_id"]
+        assert params(pd.decode[1])["transfer_id"] == to_prefill.body["kv_transfer_params"]["transfer_id"]
 
-    async def test_nobody_there(self, deploy: Deploy, refused_url: str) -> None:
-        pd = await deploy(1, 0, extra_decode_urls=(refused_url,), connector="mooncake")
+    async def test_nobody_there(self, deploy: Deploy) -> None:
+        pd = await deploy(connector="mooncake", health_interval_s=FOREVER_S)
+        await pd.checked()
+        await pd.decode[0].stop()
         pd.prefill[0].gate.clear()
         status, _, headers = await pd.complete()
         assert status == 503
@@ -315,8 +348,7 @@ class TestTheRequestEnds:
         await pd.idle()
 
     async def test_connections_are_reused(self, pd: Deployment) -> None:
+        await pd.checked()
         for stream in (False, True, False, True):
             await post(pd, stream)
-        connector = pd.proxy.runtime.client._session.connector
-        assert isinstance(connector, aiohttp.TCPConnector)
-        assert sum(len(idle) for idle in connector._conns.values()) == 2
+        assert pd.num_connections == 2

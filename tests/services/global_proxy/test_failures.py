@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
-import aiohttp
 import pytest
 
-from tests.services.global_proxy.conftest import Deploy, Deployment
+from tests.services.global_proxy.conftest import FOREVER_S, Deploy, Deployment, until
 
 BAD_REQUEST = '{"error": {"message": "too  long",  "type": "BadRequestError", "param": null, "code": 400}}'
 
@@ -22,8 +21,18 @@ def assert_error(body: Any, status: int, kind: str) -> None:
     assert "param" in body["error"]
 
 
-@pytest.mark.parametrize(("status", "text"), [(400, BAD_REQUEST), (401, "{}"), (404, "nope"), (500, "{}"), (503, "{}")])
-@pytest.mark.parametrize("role", ["prefill", "decode"])
+@pytest.mark.parametrize(
+    ("role", "status", "text"),
+    [
+        ("decode", 400, BAD_REQUEST),
+        ("decode", 401, "{}"),
+        ("decode", 404, "nope"),
+        ("decode", 500, "{}"),
+        ("decode", 503, "{}"),
+        ("prefill", 500, "{}"),
+        ("prefill", 503, "{}"),
+    ],
+)
 @pytest.mark.parametrize("stream", [False, True])
 async def test_an_engines_error_is_relayed_exactly(
     pd: Deployment, role: str, status: int, text: str, stream: bool
@@ -36,10 +45,18 @@ async def test_an_engines_error_is_relayed_exactly(
         assert response.headers["Retry-After"] == "7"
         assert response.headers["x-omni-path"] == "disaggregated"
     assert len(pd.decode[0].received) == (1 if role == "decode" else 0)
-    counted = await pd.metric(
-        "omni_proxy_upstream_failures_total", role=role, instance=engine.url[7:], reason=f"status_{status}"
-    )
-    assert counted == (1 if status >= 500 else 0)
+    assert await pd.failures(engine, f"status_{status}") == (1 if status >= 500 else 0)
+
+
+async def test_what_prefill_refuses_is_for_decode_to_judge(pd: Deployment) -> None:
+    """P's message would speak of P's rewritten request."""
+    pd.prefill[0].error = (400, BAD_REQUEST)
+    status, _, headers = await pd.complete()
+    assert status == 200
+    assert headers["x-omni-path"] == "decode_only"
+    assert pd.decode[0].received[0].body == pd.prompt
+    assert await pd.metric("omni_proxy_decode_only_total", reason="prefill_refused") == 1
+    assert await pd.failures(pd.prefill[0], "status_400") == 0
 
 
 async def test_a_request_that_decode_rejects_still_names_the_handoff(pd: Deployment) -> None:
@@ -56,19 +73,36 @@ async def test_prefill_answers_nonsense(pd: Deployment, text: str) -> None:
     assert status == 502
     assert_error(body, 502, "BadGatewayError")
     assert pd.decode[0].received == []
-    labels = {"role": "prefill", "instance": pd.prefill[0].url[7:], "reason": "died"}
-    assert await pd.metric("omni_proxy_upstream_failures_total", **labels) == 1
+    assert await pd.failures(pd.prefill[0], "nonsense") == 1
 
 
-async def test_refused_prefill_is_replaced_and_then_avoided(deploy: Deploy, refused_url: str) -> None:
-    pd = await deploy(1, 1, extra_prefill_urls=(refused_url,))
+async def test_prefill_that_goes_on_answering_nonsense_is_avoided(deploy: Deploy) -> None:
+    pd = await deploy(2, 1)
+    pd.prefill[0].answer_text = "not json"
+    for _ in range(10):
+        assert (await pd.complete())[0] == 200
+    assert await pd.failures(pd.prefill[0], "nonsense") == 3
+
+
+async def test_prefill_that_goes_away_is_replaced_and_then_avoided(deploy: Deploy) -> None:
+    pd = await deploy(2, 1, health_interval_s=FOREVER_S)
+    await pd.checked()
+    await pd.prefill[0].stop()
     for _ in range(4):
         assert (await pd.complete())[0] == 200
-    assert len(pd.prefill[0].received) == 4
-    failures = await pd.metric(
-        "omni_proxy_upstream_failures_total", role="prefill", instance=refused_url[7:], reason="unreachable"
-    )
-    assert failures == 1
+    assert len(pd.prefill[1].received) == 4
+    assert await pd.failures(pd.prefill[0], "unreachable") == 1
+
+
+async def test_one_that_fails_its_health_checks_is_not_tried(deploy: Deploy, refused_urls: tuple[str, str]) -> None:
+    pd = await deploy(1, 1, refused_urls[:1], refused_urls[1:])
+    await pd.checked()
+    for _ in range(3):
+        assert (await pd.complete())[0] == 200
+    for role, url in zip(("prefill", "decode"), refused_urls, strict=True):
+        labels = {"role": role, "instance": url[7:]}
+        assert await pd.metric("omni_proxy_upstream_failures_total", **labels, reason="unreachable") == 0
+        assert await pd.metric("omni_proxy_instance_up", **labels) == 0
 
 
 async def test_prefill_that_dies_is_replaced(deploy: Deploy) -> None:
@@ -79,35 +113,50 @@ async def test_prefill_that_dies_is_replaced(deploy: Deploy) -> None:
     assert len(pd.decode[0].received) == 1
 
 
-async def test_prefill_is_tried_twice_at_most(deploy: Deploy) -> None:
-    pd = await deploy(3, 1)
+async def test_prefill_is_tried_as_often_as_the_settings_say(deploy: Deploy) -> None:
+    pd = await deploy(4, 1, max_retries=2)
     for engine in pd.prefill:
         engine.die_after = 0
     status, body, _ = await pd.complete()
     assert status == 502
     assert_error(body, 502, "BadGatewayError")
-    assert sum(len(e.received) for e in pd.prefill) == 2
+    assert [len(e.received) for e in pd.prefill] == [1, 1, 1, 0]
+    assert await pd.metric("omni_proxy_retries_total", role="prefill", reason="died") == 2
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
-async def test_nobody_there(deploy: Deploy, refused_url: str, role: str) -> None:
-    urls = {f"extra_{role}_urls": (refused_url,)}
-    pd = await deploy(int(role != "prefill"), int(role != "decode"), **urls)
+async def test_nobody_there(deploy: Deploy, role: str) -> None:
+    pd = await deploy(health_interval_s=FOREVER_S)
+    await pd.checked()
+    (engine,) = getattr(pd, role)
+    await engine.stop()
     for _ in range(2):
         status, body, headers = await pd.complete()
         assert status == 503
         assert_error(body, 503, "ServiceUnavailableError")
         assert headers["retry-after"] == "1"
-    labels = {"role": role, "instance": refused_url[7:], "reason": "unreachable"}
-    assert await pd.metric("omni_proxy_upstream_failures_total", **labels) == 2 * 2  # the only one is asked twice
+    assert await pd.failures(engine, "unreachable") == 2 * 2  # the only one is asked twice
     await pd.idle()
 
 
-async def test_refused_decode_is_replaced_with_the_same_handoff(deploy: Deploy, refused_url: str) -> None:
-    pd = await deploy(1, 1, extra_decode_urls=(refused_url,))
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_nobody_was_ever_there(deploy: Deploy, refused_url: str, role: str) -> None:
+    urls = {f"extra_{role}_urls": (refused_url,)}
+    pd = await deploy(int(role != "prefill"), int(role != "decode"), **urls)
+    assert await pd.proxy.members.missing_roles() == [role]
+    status, body, headers = await pd.complete()
+    assert status == 503
+    assert_error(body, 503, "ServiceUnavailableError")
+    assert headers["retry-after"] == "1"
+
+
+async def test_decode_that_goes_away_is_replaced_with_the_same_handoff(deploy: Deploy) -> None:
+    pd = await deploy(1, 2, health_interval_s=FOREVER_S)
+    await pd.checked()
+    await pd.decode[0].stop()
     status, body, _ = await pd.complete()
     assert status == 200
-    assert body["choices"][0]["text"] == "d0!"
+    assert body["choices"][0]["text"] == "d1!"
     assert len(pd.prefill[0].received) == 1
 
 
@@ -135,13 +184,37 @@ async def test_connect_timeout_counts_as_unreachable(deploy: Deploy, silent_url:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_decode_that_dies_before_its_first_byte(deploy: Deploy, stream: bool) -> None:
+async def test_decode_that_dies_before_its_first_byte_is_replaced_after_a_fresh_prefill(
+    deploy: Deploy, stream: bool
+) -> None:
+    """It may have read the blocks already, and P then has given them up."""
     pd = await deploy(1, 2)
     pd.decode[0].die_after = 0
-    status, body, _ = await pd.complete(stream=stream)
+    assert (await (pd.stream() if stream else pd.complete()))[0] == 200
+    assert [len(e.received) for e in pd.decode] == [1, 1]
+    assert len(pd.prefill[0].received) == 2
+    await pd.idle()
+
+
+async def test_the_only_decode_dies_before_its_first_byte(pd: Deployment) -> None:
+    pd.decode[0].die_after = 0
+    status, body, _ = await pd.complete()
     assert status == 502
     assert_error(body, 502, "BadGatewayError")
-    assert pd.decode[1].received == []
+    assert len(pd.decode[0].received) == 1
+    await pd.idle()
+
+
+async def test_a_lost_decode_takes_no_request_with_it(deploy: Deploy) -> None:
+    """However many it had: more than the retries that a quiet proxy has at hand."""
+    pd = await deploy(1, 2, decode_policy="round_robin")
+    pd.decode[0].gate.clear()
+    requests = [asyncio.create_task(pd.complete()) for _ in range(100)]
+    await pd.decode[0].wait_for(50)
+    pd.decode[0].die_after = 0
+    pd.decode[0].gate.set()
+    assert [(await request)[0] for request in requests] == [200] * 100
+    assert await pd.metric("omni_proxy_ejections_total", role="decode", instance=pd.decode[0].url[7:]) == 1
     await pd.idle()
 
 
@@ -183,6 +256,31 @@ async def test_deadline_mid_stream(deploy: Deploy) -> None:
     assert_error(json.loads(text.split("\n\n")[1][6:]), 504, "GatewayTimeoutError")
     assert "[DONE]" not in text
     await engine.wait_for(num_aborted=1)
+
+
+async def test_client_leaves_while_it_waits_to_be_admitted(deploy: Deploy) -> None:
+    pd = await deploy(max_active_per_decode=1)
+    pd.prefill[0].gate.clear()
+    first = asyncio.create_task(pd.complete())
+    await pd.prefill[0].wait_for(1)
+    second = asyncio.create_task(pd.complete())
+    await until(lambda: len(pd.proxy.in_flight) == 2)
+    second.cancel()
+    await until(lambda: len(pd.proxy.in_flight) == 1)
+    pd.prefill[0].gate.set()
+    assert (await first)[0] == 200
+    assert (await pd.complete())[0] == 200
+    assert [len(engine.received) for engine in pd.engines] == [2, 2]
+    await pd.idle()
+
+
+async def test_with_no_prefill_up_decode_computes_prompts_if_told_so(deploy: Deploy, refused_url: str) -> None:
+    pd = await deploy(0, 1, extra_prefill_urls=(refused_url,), fallback="decode_only")
+    await pd.checked()
+    status, _, headers = await pd.complete()
+    assert (status, headers["x-omni-path"]) == (200, "decode_only")
+    assert pd.decode[0].received[0].body == pd.prompt
+    assert await pd.metric("omni_proxy_decode_only_total", reason="no_prefill_up") == 1
 
 
 async def test_client_leaves_during_prefill(deploy: Deploy) -> None:
@@ -237,12 +335,10 @@ async def test_client_that_reads_nothing_is_cut_off_at_the_deadline(deploy: Depl
 
 
 async def test_connections_to_engines_are_reused(pd: Deployment) -> None:
-    session = pd.proxy.runtime.client._session
+    await pd.checked()
     for stream in (False, True, False, True):
         await (pd.stream() if stream else pd.complete())
-    connector = session.connector
-    assert isinstance(connector, aiohttp.TCPConnector)
-    assert sum(len(idle) for idle in connector._conns.values()) == 2
+    assert pd.num_connections == 2
 
 
 async def test_answered_requests_are_never_counted_as_abandoned(pd: Deployment) -> None:

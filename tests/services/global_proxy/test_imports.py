@@ -11,6 +11,7 @@ ALLOWED = {
     "kv_transfer.auth",
     "kv_transfer.control",
     "kv_transfer.errors",
+    "kv_transfer.event_keys",
     "kv_transfer.hand_off",
     "kv_transfer.protocol",
     "kv_transfer.ticket",
@@ -26,7 +27,7 @@ def _imported(source: Path) -> set[str]:
 
 def test_what_of_ours_is_imported() -> None:
     (folder,) = services.global_proxy.__path__
-    imported = set().union(*(_imported(source) for source in Path(folder).glob("*.py")))
+    imported = set().union(*(_imported(source) for source in Path(folder).rglob("*.py")))
     ours = {name for name in imported if name.partition(".")[0] in ("omni", "services", "kv_transfer")}
     assert {name for name in ours if not name.startswith("services.global_proxy")} <= ALLOWED
 

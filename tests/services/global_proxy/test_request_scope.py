@@ -1,82 +1,92 @@
 """What ends a request early, without sockets."""
 
 import asyncio
-from typing import Any
+import time
 
 import pytest
 
-from services.global_proxy.errors import ClientGoneError, DeadlineError, DrainingError
+from services.global_proxy.errors import ClientGoneError, DeadlineError, DrainingError, RequestEndedError
 from services.global_proxy.request_scope import InFlight, RequestScope
 
 
-async def hang_up() -> Any:
-    return {"type": "http.disconnect"}
+def start(in_flight: InFlight) -> tuple[asyncio.Task[RequestEndedError | None], list[RequestScope]]:
+    """A request that is served until something ends it; the task returns why."""
+    scopes: list[RequestScope] = []
 
+    async def serve() -> RequestEndedError | None:
+        task = asyncio.current_task()
+        assert task is not None
+        scope = in_flight.open(task, time.monotonic())
+        scopes.append(scope)
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            return scope.why
+        finally:
+            in_flight.close(scope)
+        return None
 
-async def stay() -> Any:
-    await asyncio.Event().wait()
+    return asyncio.create_task(serve()), scopes
 
 
 async def test_deadline() -> None:
-    with pytest.raises(DeadlineError, match=r"longer than 0\.01 s"):
-        async with RequestScope(0.01):
-            await stay()
+    task, _ = start(InFlight(0.01))
+    why = await task
+    assert isinstance(why, DeadlineError)
+    assert "longer than 0.01 s" in str(why)
 
 
-async def test_client_hangs_up() -> None:
-    async def serve() -> None:
-        async with RequestScope(60) as scope:
-            scope.watch_client(hang_up, lambda: False)
-            await stay()
-
-    with pytest.raises(ClientGoneError):
-        await serve()
-
-
-async def test_hanging_up_after_the_answer_is_no_hanging_up() -> None:
-    async with RequestScope(60) as scope:
-        scope.watch_client(hang_up, lambda: True)
-        for _ in range(5):
-            await asyncio.sleep(0)
-
-
-async def test_nothing_watches_after_the_end() -> None:
-    async with RequestScope(60) as scope:
-        scope.watch_client(stay, lambda: False)
-        await asyncio.sleep(0)
-        assert len(asyncio.all_tasks()) == 2
-    await asyncio.sleep(0)
-    assert len(asyncio.all_tasks()) == 1
-
-
-async def test_ending_it_outside_the_block_does_nothing() -> None:
-    scope = RequestScope(60)
-    scope.end(ClientGoneError())
-    async with scope:
-        pass
-    scope.end(ClientGoneError())
+async def test_each_has_its_own_deadline() -> None:
+    in_flight = InFlight(0.05)
+    first, _ = start(in_flight)
+    await asyncio.sleep(0.03)
+    second, _ = start(in_flight)
+    assert isinstance(await first, DeadlineError)
+    assert not second.done()
+    assert isinstance(await second, DeadlineError)
 
 
 async def test_the_first_reason_wins() -> None:
-    async def serve() -> None:
-        async with RequestScope(60) as scope:
-            scope.end(DrainingError("first"))
-            await asyncio.sleep(0)
-            scope.end(ClientGoneError())
-            await stay()
-
-    with pytest.raises(DrainingError, match="first"):
-        await serve()
+    task, scopes = start(InFlight(60))
+    await asyncio.sleep(0)
+    scopes[0].end(DrainingError("first"))
+    scopes[0].end(ClientGoneError())
+    assert str(await task) == "first"
 
 
-async def test_a_timeout_of_the_block_itself_passes() -> None:
-    with pytest.raises(TimeoutError, match="mine"):
-        async with RequestScope(60):
-            raise TimeoutError("mine")
+async def test_after_its_end_nothing_happens() -> None:
+    in_flight = InFlight(60)
+    task, scopes = start(in_flight)
+    await asyncio.sleep(0)
+    in_flight.close(scopes[0])
+    scopes[0].end(ClientGoneError())
+    assert scopes[0].why is None
+    in_flight._scopes[scopes[0]] = None  # the task closes it, too
+    task.cancel()
+    await task
+
+
+async def test_drain_waits_for_what_is_in_flight() -> None:
+    in_flight = InFlight(60)
+    task, _ = start(in_flight)
+    await asyncio.sleep(0)
+    draining = asyncio.create_task(in_flight.drain(60))
+    await asyncio.sleep(0)
+    assert not draining.done()
+    task.cancel()
+    await draining
+
+
+async def test_drain_ends_what_takes_too_long() -> None:
+    in_flight = InFlight(60)
+    task, _ = start(in_flight)
+    await asyncio.sleep(0)
+    await in_flight.drain(0.01)
+    assert isinstance(await task, DrainingError)
 
 
 async def test_drain_of_nothing_is_immediate_and_final() -> None:
-    in_flight = InFlight()
+    in_flight = InFlight(60)
     await in_flight.drain(60)
     with pytest.raises(DrainingError):
-        in_flight.add(RequestScope(1))
+        in_flight.admit()

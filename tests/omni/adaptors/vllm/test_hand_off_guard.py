@@ -109,6 +109,7 @@ def refusal(raw: bytes, rules: Rules = DECODE) -> dict[str, Any]:
         (DECODE, asking(kv_transfer_params=None)),
         (DECODE, asking(kv_transfer_params=GENUINE)),
         (DECODE, asking(kv_transfer_params=GENUINE | {"prompt_token_ids": [1, 2, 3]})),
+        (DECODE, asking(kv_transfer_params={"prompt_token_ids": [1, 2, 3]})),
         (PREFILL, asking(kv_transfer_params=ROUTED)),
         (PREFILL, asking(sampling_params={"extra_args": {"kv_transfer_params": {"do_remote_decode": True}}})),
         (DECODE, asking(vllm_xargs={"session_id": "s"})),

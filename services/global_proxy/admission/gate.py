@@ -1,0 +1,121 @@
+"""The way in: rate limits, then a place among the requests in flight."""
+
+import time
+
+from services.global_proxy.admission.kv_budget import KvBudget
+from services.global_proxy.admission.limits import FixedLimit, Limit
+from services.global_proxy.admission.queue import AdmissionQueue, QueueSettings
+from services.global_proxy.admission.rate_limit import RateLimiter
+from services.global_proxy.instances.pool import Pool
+from services.global_proxy.membership.load_table import LoadTable, Writer
+from services.global_proxy.policies.base import Prompt
+from services.global_proxy.security.api_keys import ApiKey
+
+_LOOK_AT_REPORTS_S = 0.5
+_KEEP_FED = 1.25  # of what D runs at once: P's work and D's next request overlap with D's present ones
+
+
+class Admitted:
+    """A request's place. `leave` it, however the request ends."""
+
+    __slots__ = ("_arrived", "_entered_s", "_gate", "_reserved")
+
+    def __init__(self, gate: "Gate", reserved: int) -> None:
+        self._gate = gate
+        self._reserved = reserved
+        self._arrived = False
+        self._entered_s = time.monotonic()
+
+    def arrived(self) -> None:
+        """D has answered, so its own reports count this request's KV."""
+        self._arrived = True
+        self._gate.queue.arrived(self._reserved)
+
+    def ended_well(self, num_new_tokens: int, max_new_tokens: int) -> None:
+        """The answer was complete. Of whole answers the number of tokens is not known: 0."""
+        gate = self._gate
+        if num_new_tokens:
+            gate.queue.ended_well(time.monotonic() - self._entered_s, num_new_tokens, max_new_tokens)
+
+    def leave(self) -> None:
+        self._gate.queue.leave(self._reserved, self._arrived)
+        self._gate.writer.add_in_flight(-1)
+
+
+class Gate:
+    """One worker's.
+
+    Args:
+        max_active_per_decode: requests in flight that a D is to be given; all of them together are the limit.
+    """
+
+    def __init__(
+        self, decode: Pool, table: LoadTable, writer: Writer, settings: QueueSettings, max_active_per_decode: int
+    ) -> None:
+        self.writer = writer
+        self._decode = decode
+        self._table = table
+        self._max_active = max_active_per_decode
+        self._limit = FixedLimit(max_active_per_decode)
+        self._kv = KvBudget()
+        self._looked_s = float("-inf")
+        self._limiter = RateLimiter(num_workers=table.num_workers)
+        elsewhere = self._elsewhere if table.num_workers > 1 else None
+        self.queue = AdmissionQueue(self._limit, self._kv, settings, elsewhere)
+
+    @property
+    def limit(self) -> Limit:
+        return self._limit
+
+    def charge(self, key: ApiKey | None, prompt: Prompt) -> None:
+        """Count the request against its key's rates. Raises RateLimitError."""
+        if key is not None:
+            self._limiter.take(key.name.encode(), key.limits, prompt.num_tokens + prompt.max_new_tokens)
+
+    def try_enter(self, prompt: Prompt) -> Admitted | None:
+        """A place, if there is one at once."""
+        if time.monotonic() - self._looked_s >= _LOOK_AT_REPORTS_S:
+            self._look_at_instances()
+        reserved = self.queue.try_enter(prompt)
+        return self._admit(reserved) if reserved else None
+
+    async def enter(self, prompt: Prompt, key: ApiKey | None, priority: int, deadline_s: float) -> Admitted:
+        """Wait for a place. A client may put itself behind others, its key alone before them.
+
+        Raises:
+            NotAdmittedError: there is none in time.
+        """
+        of_key = key.priority if key is not None else 0
+        self.writer.add_queued(1)
+        try:
+            reserved = await self.queue.enter(prompt, of_key + max(priority, 0), deadline_s)
+        finally:
+            self.writer.add_queued(-1)
+        return self._admit(reserved)
+
+    def look(self) -> None:
+        """Instances have come or gone."""
+        self._look_at_instances()
+        self.queue.look()
+
+    def _admit(self, reserved: int) -> Admitted:
+        self.writer.add_in_flight(1)
+        return Admitted(self, reserved)
+
+    def _look_at_instances(self) -> None:
+        self._looked_s = time.monotonic()
+        serving = [instance for instance in self._decode.instances if instance.member.state == "active"]
+        self._limit.value = max(1, int(len(serving) * self._max_active * _KEEP_FED))
+        reports = [self._table.report(instance.slot) for instance in serving]
+        known = [report for report in reports if report is not None and report.kv_total_tokens]
+        if known and len(known) == len(serving):
+            capacity = sum(report.kv_total_tokens for report in known)
+            self._kv.report(capacity, sum(report.kv_used_tokens for report in known))
+        else:
+            self._kv.report(None, 0)
+
+    def _elsewhere(self) -> tuple[int, int]:
+        """Requests in flight in other workers, and the tokens that these have on D."""
+        num_in_flight = self._table.num_in_flight() - self.queue.num_in_flight
+        tokens = sum(instance.num_tokens for instance in self._decode.instances)
+        return max(num_in_flight, 0), max(tokens - self._kv.reserved_tokens, 0)

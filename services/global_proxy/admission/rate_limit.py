@@ -1,0 +1,106 @@
+"""How much each client may ask for: token buckets, of requests and of tokens, by the minute."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from services.global_proxy.admission.errors import RateLimitError
+
+_MINUTE_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class RateLimits:
+    """Of one client; None: no limit. A minute's worth may come at once.
+
+    Raises:
+        ValueError: naming the field.
+    """
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None  # prompt and the most that may be generated
+
+    def __post_init__(self) -> None:
+        for name in ("requests_per_minute", "tokens_per_minute"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: must be 1 or more, got {value}")
+
+
+class _Bucket:
+    """Full again a minute after it was empty."""
+
+    __slots__ = ("_level", "_per_s", "_size", "_then_s")
+
+    def __init__(self, size: int, now_s: float) -> None:
+        self._size = float(size)
+        self._level = self._size
+        self._per_s = size / _MINUTE_S
+        self._then_s = now_s
+
+    def wait_s(self, amount: float, now_s: float) -> float:
+        """How long until `amount` is there. More than a bucket holds is taken from a full one, which then owes."""
+        level = self._level + (now_s - self._then_s) * self._per_s
+        self._level = level = level if level < self._size else self._size
+        self._then_s = now_s
+        lacking = (amount if amount < self._size else self._size) - level
+        return lacking / self._per_s if lacking > 0 else 0.0
+
+    def take(self, amount: float) -> None:
+        self._level -= amount
+
+
+class RateLimiter:
+    """Per client, in this process: with N workers each has an N-th (`share`) of what a client is given.
+
+    Clients are forgotten, the least recently seen first, beyond `max_clients`: memory stays bounded.
+    """
+
+    def __init__(
+        self, max_clients: int = 10_000, num_workers: int = 1, now_s: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._max_clients = max_clients
+        self._num_workers = num_workers
+        self._now_s = now_s
+        self._clients: dict[bytes, tuple[RateLimits, _Bucket | None, _Bucket | None]] = {}  # the latest seen last
+
+    def take(self, client: bytes, limits: RateLimits, num_tokens: int) -> None:
+        """Count a request of `num_tokens` (prompt and the most that may be generated).
+
+        Raises:
+            RateLimitError: nothing was counted; it says when to come again.
+        """
+        if limits.requests_per_minute is None and limits.tokens_per_minute is None:
+            return
+        now_s = self._now_s()
+        known = self._clients.pop(client, None)
+        if known is None or (known[0] is not limits and known[0] != limits):
+            known = self._new_client(limits, now_s)
+        self._clients[client] = known
+        _, requests, tokens = known
+        if requests is not None and (wait_s := requests.wait_s(1, now_s)):
+            raise RateLimitError(f"More than {limits.requests_per_minute} requests a minute; try again later", wait_s)
+        if tokens is not None:
+            if wait_s := tokens.wait_s(num_tokens, now_s):
+                raise RateLimitError(f"More than {limits.tokens_per_minute} tokens a minute; try again later", wait_s)
+            tokens.take(num_tokens)
+        if requests is not None:
+            requests.take(1)
+
+    def give_back(self, client: bytes, num_tokens: int) -> None:
+        """Tokens that were counted and not generated."""
+        known = self._clients.get(client)
+        if known is not None and known[2] is not None:
+            known[2].take(-num_tokens)
+
+    def _new_client(self, limits: RateLimits, now_s: float) -> tuple[RateLimits, _Bucket | None, _Bucket | None]:
+        if len(self._clients) >= self._max_clients:
+            del self._clients[next(iter(self._clients))]
+        return (
+            limits,
+            self._bucket(limits.requests_per_minute, now_s),
+            self._bucket(limits.tokens_per_minute, now_s),
+        )
+
+    def _bucket(self, per_minute: int | None, now_s: float) -> _Bucket | None:
+        return None if per_minute is None else _Bucket(max(1, per_minute // self._num_workers), now_s)

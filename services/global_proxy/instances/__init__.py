@@ -1,0 +1,1 @@
+"""The engines: which there are, which answer, and one request to one of them."""

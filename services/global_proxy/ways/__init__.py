@@ -1,0 +1,1 @@
+"""The ways of handing off: who tells whom what, and when."""

@@ -1,0 +1,1 @@
+"""What the proxy does when something breaks under load: real processes, real signals."""

@@ -1,0 +1,90 @@
+"""Which prompts D computes itself."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from services.global_proxy.instances.pool import Pool
+from services.global_proxy.membership.load_table import LoadTable
+from services.global_proxy.observing.metrics import Metrics
+from services.global_proxy.policies.base import Prompt
+from services.global_proxy.policies.round_robin import RoundRobin
+from services.global_proxy.short_prompts import ShortPrompts
+from tests.services.global_proxy.calls import make_instance
+
+
+@dataclass
+class Pools:
+    prefill: Pool
+    decode: Pool
+
+    def short(self, min_prefill_tokens: int | None = None) -> ShortPrompts:
+        return ShortPrompts(self.prefill, self.decode, min_prefill_tokens)
+
+
+@pytest.fixture
+def pools() -> Iterator[Pools]:
+    table, metrics = LoadTable.create(), Metrics()
+    pools = Pools(Pool("prefill", RoundRobin(), table), Pool("decode", RoundRobin(), table))
+    pools.prefill.set_instances([make_instance(table, metrics, 0, "prefill")])
+    pools.decode.set_instances([make_instance(table, metrics, 1, "decode")])
+    yield pools
+    table.close()
+
+
+def prompt(num_tokens: int) -> Prompt:
+    return Prompt(num_tokens, max_new_tokens=1, session=None, text=b"")
+
+
+def alone(short: ShortPrompts, num_tokens: int, times: int = 64) -> int:
+    """How many of so many prompts D computes."""
+    return sum(short.applies(prompt(num_tokens)) for _ in range(times))
+
+
+def test_a_bound_that_is_given(pools: Pools) -> None:
+    short = pools.short(100)
+    assert (alone(short, 99), alone(short, 100)) == (64, 0)
+    assert alone(pools.short(0), 1) == 0
+
+
+def test_while_nothing_is_known_a_few_short_ones_are_tried_on_decode(pools: Pools) -> None:
+    short = pools.short()
+    assert alone(short, 64) == 4
+    assert alone(short, 65) == 0
+    assert short.min_prefill_tokens == 0
+
+
+def test_no_more_are_tried_once_decode_is_known_or_gone(pools: Pools) -> None:
+    (decode,) = pools.decode.instances
+    decode.unhealthy = True
+    pools.decode.changed()
+    assert alone(pools.short(), 10) == 0
+    decode.unhealthy = False
+    pools.decode.changed()
+    for _ in range(50):
+        decode.costs.observe_prefill(10, 0, 0.01)
+    assert alone(pools.short(), 10) == 0
+
+
+def test_the_bound_is_found_where_handing_off_costs_more_than_it_saves(pools: Pools) -> None:
+    """P and D compute a token in 100 us; to hand off costs 50 ms: prompts of up to about 500 tokens stay with D."""
+    (prefill,), (decode,) = pools.prefill.instances, pools.decode.instances
+    short = pools.short()
+    for num_tokens in (50, 500, 1000, 2000) * 20:
+        prefill.costs.observe_prefill(num_tokens, 0, 0.01 + num_tokens * 1e-4)
+        decode.costs.observe_prefill(num_tokens, 0, 0.01 + num_tokens * 1e-4)
+        decode.costs.observe_decode(4, 4000, 0.02)
+        short.saw_handoff(0.05)
+    alone(short, 10_000)
+    assert 0 < short.min_prefill_tokens < 10_000
+    bound = short.min_prefill_tokens
+    assert (alone(short, bound - 1), alone(short, bound)) == (64, 0)
+
+
+def test_with_nobody_there_there_is_no_bound(pools: Pools) -> None:
+    pools.prefill.set_instances([])
+    short = pools.short()
+    short.saw_handoff(10.0)
+    alone(short, 10_000, times=128)
+    assert short.min_prefill_tokens == 0
