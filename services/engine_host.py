@@ -124,6 +124,7 @@ def _agent_settings(plan: LaunchPlan, engine: ProcessPlan) -> AgentSettings:
         url=engine.url,
         kv_address=engine.kv_address if is_prefill and plan.mode == "layerwise" else None,
         bootstrap_url=f"http://{engine.kv_address}" if is_prefill and plan.connector == "mooncake" else None,
+        kv_events=engine.event_address,
         facts={
             "model": plan.served_model_name,
             "vllm": vllm_version(),

@@ -65,6 +65,7 @@ class AgentSettings:
         url: http://HOST:PORT of the instance, as the proxies reach it.
         kv_address: HOST:PORT of a P in layer-wise mode.
         bootstrap_url: of a P with Mooncake's connector.
+        kv_events: HOST:PORT where a P publishes what its prefix cache holds.
         facts: what all instances must agree in: model, engine version, dtype, connector...
     """
 
@@ -73,6 +74,7 @@ class AgentSettings:
     url: str
     kv_address: str | None = None
     bootstrap_url: str | None = None
+    kv_events: str | None = None
     facts: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -110,6 +112,7 @@ class InstanceAgent:
             url=settings.url,
             kv_address=settings.kv_address or "",
             bootstrap_url=settings.bootstrap_url or "",
+            kv_events=settings.kv_events or "",
             start_id=secrets.token_bytes(16),
             facts=settings.facts,
         ).SerializeToString()

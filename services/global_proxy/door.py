@@ -40,7 +40,8 @@ class Door:
 
 
 def turn_away(error: ProxyError, reply: Reply) -> None:
-    headers = []
+    """Answer with an error, before anything else has been."""
+    headers = [] if error.retry_after_s is None else [(b"retry-after", b"%d" % error.retry_after_s)]
     if isinstance(error, WrongMethodError):
         headers.append((b"allow", error.allow.encode()))
     if isinstance(error, UnauthorizedError):

@@ -4,7 +4,6 @@ import asyncio
 import uuid
 from functools import partial
 
-from services.global_proxy import openai_error
 from services.global_proxy.errors import DeadlineError, EngineStatusError, NoInstanceError, ProxyError, UpstreamError
 from services.global_proxy.http.client_request import ClientRequest
 from services.global_proxy.http.engine_connection import EngineAnswer
@@ -15,7 +14,6 @@ from services.global_proxy.members import Members
 from services.global_proxy.request_body import parse_body
 
 _TIMEOUT_S = 30.0  # an engine that hangs fails its health checks before, which breaks its requests off
-_JSON = b"application/json"
 
 
 class OneEngine:
@@ -26,7 +24,13 @@ class OneEngine:
         self._max_n = max_n
 
     async def serve(self, request: ClientRequest, reply: Reply) -> None:
-        """Give the client an engine's own answer; the next one's if one fails. Raises InvalidRequestError."""
+        """Give the client an engine's own answer; the next one's if one fails.
+
+        Raises:
+            InvalidRequestError: what it asks for.
+            UpstreamError, NoInstanceError: the last engine's failure; there is none.
+            DeadlineError: none has answered in time.
+        """
         task = asyncio.current_task()
         assert task is not None, "a request has a task"
         reply.on_client_gone = partial(_cancel, task)
@@ -36,12 +40,8 @@ class OneEngine:
                 answer = await self._ask_one_after_the_other(request, _lines(request), body)
         except EngineStatusError as failure:
             answer = failure.answer
-        except (ProxyError, TimeoutError) as failure:
-            late = DeadlineError(f"No instance answered in {_TIMEOUT_S:g} s")
-            error = failure if isinstance(failure, ProxyError) else late
-            retry_after = [] if error.retry_after_s is None else [(b"retry-after", b"%d" % error.retry_after_s)]
-            reply.whole(error.status, _JSON, openai_error.to_json(error), retry_after)
-            return
+        except TimeoutError:
+            raise DeadlineError(f"No instance answered in {_TIMEOUT_S:g} s") from None
         reply.whole(answer.head.status, answer.head.content_type, answer.body)
 
     async def _ask_one_after_the_other(self, request: ClientRequest, lines: bytes, body: bytes) -> EngineAnswer:

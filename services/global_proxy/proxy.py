@@ -9,7 +9,6 @@ from typing import Self
 from fastapi import FastAPI
 
 from kv_transfer.auth import DeploymentKey
-from services.global_proxy import openai_error
 from services.global_proxy.admission.gate import Gate
 from services.global_proxy.admission.queue import QueueSettings
 from services.global_proxy.app import make_app
@@ -28,20 +27,25 @@ from services.global_proxy.membership.registry_client import RegistryClient
 from services.global_proxy.observing.cells import Cells
 from services.global_proxy.observing.metrics import Metrics
 from services.global_proxy.observing.refusals import reason_of
-from services.global_proxy.observing.request_log import RequestLog
+from services.global_proxy.observing.request_log import RequestLog, RequestRecord
 from services.global_proxy.observing.tracing import Tracing, TracingSettings
 from services.global_proxy.one_engine import OneEngine
+from services.global_proxy.policies.base import Prompt
 from services.global_proxy.prompt_of import PromptReader
 from services.global_proxy.replay.continuer import Continuer
 from services.global_proxy.request_scope import InFlight
 from services.global_proxy.retries import RetryBudget
 from services.global_proxy.security.api_keys import ApiKeys
-from services.global_proxy.serving import Parts, Serving
+from services.global_proxy.security.routes import Kind
+from services.global_proxy.serving import Parts, Serving, new_id
 from services.global_proxy.settings import Settings
+from services.global_proxy.settling import CLIENT_GONE_STATUS
 from services.global_proxy.short_prompts import ShortPrompts
 from services.global_proxy.ways.choice import make_way
 
 logger = logging.getLogger(__name__)
+
+_BYTES_PER_TOKEN = 4  # a guess, for what goes to one engine alone
 
 
 class Proxy:
@@ -84,8 +88,8 @@ class Proxy:
         self._registry.subscribe(self.members.apply)
         prefill, decode = self.members.pools
         queueing = QueueSettings(max_waiting=settings.max_queued, max_wait_s=settings.max_queue_s)
-        gate = Gate(decode, self.table, writer, queueing, settings.max_active_per_decode)
-        self.members.changed = gate.look
+        self._gate = Gate(decode, self.table, writer, queueing, settings.max_active_per_decode)
+        self.members.changed = self._gate.look
         retries = RetryBudget(settings.max_retries, metrics)
         prompts = PromptReader()
         short = ShortPrompts(prefill, decode, settings.min_prefill_tokens)
@@ -93,15 +97,15 @@ class Proxy:
         self.ledger = LeaseLedger(metrics.open_leases)
         way = make_way(settings, self._key, legs, self.ledger)
         self._stack.push_async_callback(way.close)
-        request_log = RequestLog(sys.stderr.fileno(), metrics.log_lines_dropped)
-        self._stack.callback(request_log.close)
+        self._request_log = RequestLog(sys.stderr.fileno(), metrics.log_lines_dropped)
+        self._stack.callback(self._request_log.close)
         tracing = Tracing(self._tracing, metrics.traces)
         self._stack.push_async_callback(tracing.close)
         continuer = Continuer(decode, metrics.itl_seconds, settings.continue_streams)
         self._serving = Serving(
             Parts(
                 settings=settings,
-                gate=gate,
+                gate=self._gate,
                 way=way,
                 legs=legs,
                 continuer=continuer,
@@ -110,7 +114,7 @@ class Proxy:
                 prompts=prompts,
                 in_flight=self.in_flight,
                 metrics=metrics,
-                request_log=request_log,
+                request_log=self._request_log,
                 tracing=tracing,
             )
         )
@@ -125,24 +129,38 @@ class Proxy:
 
     async def serve(self, request: ClientRequest, reply: Reply) -> None:
         """Answer one request."""
+        kind: Kind | None = None
+        error: BaseException | None = None
         try:
             route, key = self._door.enter(request)
-            if route.kind == "completion":
-                await self._serving.serve(request, reply, key)
-            elif route.kind == "decode":
+            kind = route.kind
+            if kind == "completion":
+                await self._serving.serve(request, reply, key)  # which answers, counts and logs whatever happens
+                return
+            if kind == "decode":
+                self._gate.charge(key, Prompt(len(request.body) // _BYTES_PER_TOKEN, 0, None, b""))
                 await self._one_engine.serve(request, reply)
             else:
                 await serve_asgi(self.app, request, reply)
-            if route.kind != "completion":  # which counts itself
-                self.metrics.requests.labels(request.path, reply.status or 500).inc()
-        except ProxyError as error:
-            if (reason := reason_of(error)) is not None:
+        except ProxyError as refusal:
+            error = refusal
+            if (reason := reason_of(refusal)) is not None:
                 self.metrics.refused.labels(reason).inc()
-            self.metrics.requests.labels(request.path, error.status).inc()
-            turn_away(error, reply)
-        except asyncio.CancelledError:
-            logger.debug("%s: the client left", request.path)
-        except Exception:
+            turn_away(refusal, reply)
+        except asyncio.CancelledError as gone:
+            error = gone
+        except Exception as mistake:
+            error = mistake
             logger.exception("a mistake of ours")
             if reply.status is None:
-                reply.whole(500, b"application/json", openai_error.to_json(ProxyError("Internal error")))
+                turn_away(ProxyError("Internal error"), reply)
+        self._note(request, reply, error, is_logged=kind == "decode" or error is not None)
+
+    def _note(self, request: ClientRequest, reply: Reply, error: BaseException | None, is_logged: bool) -> None:
+        """Count a request that is no completion; what monitors ask for is not logged."""
+        status = reply.status or CLIENT_GONE_STATUS
+        self.metrics.requests.labels(request.path, status).inc()
+        if is_logged:
+            record = RequestRecord(id=new_id(), path=request.path, status=status, bytes=reply.num_bytes)
+            record.error = None if error is None else type(error).__name__
+            self._request_log.add(record)

@@ -12,7 +12,6 @@ from services.global_proxy.call import Call
 from services.global_proxy.errors import (
     ClientGoneError,
     DiedError,
-    InvalidRequestError,
     NoInstanceError,
     ProxyError,
     UpstreamError,
@@ -79,7 +78,7 @@ class Serving:
         assert task is not None, "a request has a task"
         started_s = time.monotonic()
         headers, parts = request.headers, self._parts
-        record = RequestRecord(id=_new_id(), path=request.path, key=None if key is None else key.name)
+        record = RequestRecord(id=new_id(), path=request.path, key=None if key is None else key.name)
         trace = parts.tracing.begin(headers.get(b"traceparent"), headers.get(b"tracestate"))
         scope = parts.in_flight.open(task, started_s)
         reply.on_client_gone = lambda: scope.end(ClientGoneError())
@@ -118,12 +117,11 @@ class Serving:
     def _receive(self, request: ClientRequest, record: RequestRecord, trace: RequestTrace, key: ApiKey | None) -> Call:
         """Check the request, and note all that the legs need. Raises InvalidRequestError, RateLimitError."""
         headers = request.headers
-        _require_json(headers.get(b"content-type", b""))
-        body = parse_body(bytes(request.body), self._settings.max_n)
         record.client_id = _text(headers.get(b"x-request-id"))
+        body = parse_body(bytes(request.body), self._settings.max_n)
         lines = b"content-type: application/json\r\nx-request-id: %b\r\n" % record.id.encode()
         authorization = headers.get(b"authorization")
-        if authorization is not None and key is None:  # a key of ours is not the engines'
+        if authorization is not None:  # a key of ours has been taken away at the door
             lines += b"authorization: %b\r\n" % authorization
         prompt = self._parts.prompts.read(body, headers.get(b"x-session-id"))
         self._parts.gate.charge(key, prompt)
@@ -264,15 +262,9 @@ async def _stream(opened: Opened, sink: Sink, reply: Reply) -> None:
         reply.fed_by(None)
 
 
-def _new_id() -> str:
+def new_id() -> str:
     """In the form of a UUID's hexadecimal digits."""
     return f"{_ids.getrandbits(128):032x}"
-
-
-def _require_json(content_type: bytes) -> None:
-    """As vLLM does, so that no web page can post here without the browser asking first."""
-    if content_type.partition(b";")[0].strip().lower() != b"application/json":
-        raise InvalidRequestError("Unsupported Media Type: Only 'application/json' is allowed")
 
 
 def _text(value: bytes | None) -> str | None:

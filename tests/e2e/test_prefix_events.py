@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import zmq
 
+from kv_transfer.auth import load_or_make_key
+from kv_transfer.event_keys import server_key
 from omni.deployment.embedded_model import ensure_embedded_model
 from services.global_proxy.prefix.index import KvEventIndex
 from services.global_proxy.prefix.prefix_index import PrefixIndex
@@ -101,7 +103,8 @@ async def following(endpoints: Endpoints) -> AsyncIterator[Follower]:
 def engine(tmp_path_factory: pytest.TempPathFactory, free_ports: Callable[[int], int]) -> Iterator[Engine]:
     port = free_ports(1)
     with TemporaryDirectory(prefix="omni-test-") as folder:
-        endpoints = Endpoints(f"ipc://{folder}/events", f"ipc://{folder}/replay")
+        key = load_or_make_key(Path(folder, "deployment.key"))
+        endpoints = Endpoints(f"ipc://{folder}/events", f"ipc://{folder}/replay", server_key(key))
         events = {
             "enable_kv_cache_events": True,
             "publisher": "zmq",
@@ -115,7 +118,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory, free_ports: Callable[[int],
             *("--num-gpu-blocks-override", str(NUM_BLOCKS), "--enable-prompt-tokens-details"),
             *("--kv-events-config", json.dumps(events)),
         ]
-        env = {"VLLM_CPU_OMP_THREADS_BIND": "0", "VLLM_SERVER_DEV_MODE": "1"}
+        env = {"VLLM_CPU_OMP_THREADS_BIND": "0", "VLLM_SERVER_DEV_MODE": "1", "OMNI_STATE_DIR": folder}
         log_file: Path = tmp_path_factory.mktemp("prefix-events") / "engine.log"
         with running(command, port, log_file, env) as until_ready:
             yield Engine(until_ready(), endpoints)

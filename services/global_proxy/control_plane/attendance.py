@@ -193,6 +193,7 @@ def _parse(instance_bytes: bytes) -> tuple[pb.Instance, InstanceSpec]:
             url=instance.url,
             kv_address=instance.kv_address or None,
             bootstrap_url=instance.bootstrap_url or None,
+            kv_events=instance.kv_events or None,
         )
     except (DecodeError, ValueError) as error:
         raise RefusedError(str(error)) from None

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n7services/global_proxy/control_plane/control_plane.proto\x12\x15omni.control_plane.v1\"\xa9\x01\n\x0c\x46romInstance\x12-\n\x05hello\x18\x01 \x01(\x0b\x32\x1c.omni.control_plane.v1.HelloH\x00\x12\x31\n\x07joining\x18\x02 \x01(\x0b\x32\x1e.omni.control_plane.v1.JoiningH\x00\x12/\n\x06sealed\x18\x03 \x01(\x0b\x32\x1d.omni.control_plane.v1.SealedH\x00\x42\x06\n\x04kind\"\xaf\x01\n\nToInstance\x12\x35\n\tchallenge\x18\x01 \x01(\x0b\x32 .omni.control_plane.v1.ChallengeH\x00\x12\x31\n\x07welcome\x18\x02 \x01(\x0b\x32\x1e.omni.control_plane.v1.WelcomeH\x00\x12/\n\x06sealed\x18\x03 \x01(\x0b\x32\x1d.omni.control_plane.v1.SealedH\x00\x42\x06\n\x04kind\"\x16\n\x05Hello\x12\r\n\x05nonce\x18\x01 \x01(\x0c\"\x1a\n\tChallenge\x12\r\n\x05nonce\x18\x01 \x01(\x0c\"(\n\x07Joining\x12\x10\n\x08instance\x18\x01 \x01(\x0c\x12\x0b\n\x03mac\x18\x02 \x01(\x0c\"\xdd\x01\n\x08Instance\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0b\n\x03url\x18\x03 \x01(\t\x12\x12\n\nkv_address\x18\x04 \x01(\t\x12\x15\n\rbootstrap_url\x18\x05 \x01(\t\x12\x10\n\x08start_id\x18\x06 \x01(\x0c\x12\x39\n\x05\x66\x61\x63ts\x18\x07 \x03(\x0b\x32*.omni.control_plane.v1.Instance.FactsEntry\x1a,\n\nFactsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"1\n\x07Welcome\x12\x0b\n\x03mac\x18\x01 \x01(\x0c\x12\x19\n\x11report_interval_s\x18\x02 \x01(\x01\"#\n\x06Sealed\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x12\x0b\n\x03mac\x18\x02 \x01(\x0c\"{\n\x0fInstanceMessage\x12\x31\n\x04load\x18\x01 \x01(\x0b\x32!.omni.control_plane.v1.LoadReportH\x00\x12-\n\x05leave\x18\x02 \x01(\x0b\x32\x1c.omni.control_plane.v1.LeaveH\x00\x42\x06\n\x04kind\"g\n\nLoadReport\x12\x13\n\x0bnum_running\x18\x01 \x01(\x04\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\x04\x12\x16\n\x0ekv_used_tokens\x18\x03 \x01(\x04\x12\x17\n\x0fkv_total_tokens\x18\x04 \x01(\x04\"\x07\n\x05Leave\"x\n\x0cProxyMessage\x12-\n\x05\x64rain\x18\x01 \x01(\x0b\x32\x1c.omni.control_plane.v1.DrainH\x00\x12\x31\n\x07\x64ismiss\x18\x02 \x01(\x0b\x32\x1e.omni.control_plane.v1.DismissH\x00\x42\x06\n\x04kind\"\x07\n\x05\x44rain\"\x19\n\x07\x44ismiss\x12\x0e\n\x06reason\x18\x01 \x01(\t2b\n\x0c\x43ontrolPlane\x12R\n\x04Join\x12#.omni.control_plane.v1.FromInstance\x1a!.omni.control_plane.v1.ToInstance(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n7services/global_proxy/control_plane/control_plane.proto\x12\x15omni.control_plane.v1\"\xa9\x01\n\x0c\x46romInstance\x12-\n\x05hello\x18\x01 \x01(\x0b\x32\x1c.omni.control_plane.v1.HelloH\x00\x12\x31\n\x07joining\x18\x02 \x01(\x0b\x32\x1e.omni.control_plane.v1.JoiningH\x00\x12/\n\x06sealed\x18\x03 \x01(\x0b\x32\x1d.omni.control_plane.v1.SealedH\x00\x42\x06\n\x04kind\"\xaf\x01\n\nToInstance\x12\x35\n\tchallenge\x18\x01 \x01(\x0b\x32 .omni.control_plane.v1.ChallengeH\x00\x12\x31\n\x07welcome\x18\x02 \x01(\x0b\x32\x1e.omni.control_plane.v1.WelcomeH\x00\x12/\n\x06sealed\x18\x03 \x01(\x0b\x32\x1d.omni.control_plane.v1.SealedH\x00\x42\x06\n\x04kind\"\x16\n\x05Hello\x12\r\n\x05nonce\x18\x01 \x01(\x0c\"\x1a\n\tChallenge\x12\r\n\x05nonce\x18\x01 \x01(\x0c\"(\n\x07Joining\x12\x10\n\x08instance\x18\x01 \x01(\x0c\x12\x0b\n\x03mac\x18\x02 \x01(\x0c\"\xf0\x01\n\x08Instance\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0b\n\x03url\x18\x03 \x01(\t\x12\x12\n\nkv_address\x18\x04 \x01(\t\x12\x15\n\rbootstrap_url\x18\x05 \x01(\t\x12\x10\n\x08start_id\x18\x06 \x01(\x0c\x12\x11\n\tkv_events\x18\x08 \x01(\t\x12\x39\n\x05\x66\x61\x63ts\x18\x07 \x03(\x0b\x32*.omni.control_plane.v1.Instance.FactsEntry\x1a,\n\nFactsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"1\n\x07Welcome\x12\x0b\n\x03mac\x18\x01 \x01(\x0c\x12\x19\n\x11report_interval_s\x18\x02 \x01(\x01\"#\n\x06Sealed\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x12\x0b\n\x03mac\x18\x02 \x01(\x0c\"{\n\x0fInstanceMessage\x12\x31\n\x04load\x18\x01 \x01(\x0b\x32!.omni.control_plane.v1.LoadReportH\x00\x12-\n\x05leave\x18\x02 \x01(\x0b\x32\x1c.omni.control_plane.v1.LeaveH\x00\x42\x06\n\x04kind\"g\n\nLoadReport\x12\x13\n\x0bnum_running\x18\x01 \x01(\x04\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\x04\x12\x16\n\x0ekv_used_tokens\x18\x03 \x01(\x04\x12\x17\n\x0fkv_total_tokens\x18\x04 \x01(\x04\"\x07\n\x05Leave\"x\n\x0cProxyMessage\x12-\n\x05\x64rain\x18\x01 \x01(\x0b\x32\x1c.omni.control_plane.v1.DrainH\x00\x12\x31\n\x07\x64ismiss\x18\x02 \x01(\x0b\x32\x1e.omni.control_plane.v1.DismissH\x00\x42\x06\n\x04kind\"\x07\n\x05\x44rain\"\x19\n\x07\x44ismiss\x12\x0e\n\x06reason\x18\x01 \x01(\t2b\n\x0c\x43ontrolPlane\x12R\n\x04Join\x12#.omni.control_plane.v1.FromInstance\x1a!.omni.control_plane.v1.ToInstance(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,25 +44,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_JOINING']._serialized_start=484
   _globals['_JOINING']._serialized_end=524
   _globals['_INSTANCE']._serialized_start=527
-  _globals['_INSTANCE']._serialized_end=748
-  _globals['_INSTANCE_FACTSENTRY']._serialized_start=704
-  _globals['_INSTANCE_FACTSENTRY']._serialized_end=748
-  _globals['_WELCOME']._serialized_start=750
-  _globals['_WELCOME']._serialized_end=799
-  _globals['_SEALED']._serialized_start=801
-  _globals['_SEALED']._serialized_end=836
-  _globals['_INSTANCEMESSAGE']._serialized_start=838
-  _globals['_INSTANCEMESSAGE']._serialized_end=961
-  _globals['_LOADREPORT']._serialized_start=963
-  _globals['_LOADREPORT']._serialized_end=1066
-  _globals['_LEAVE']._serialized_start=1068
-  _globals['_LEAVE']._serialized_end=1075
-  _globals['_PROXYMESSAGE']._serialized_start=1077
-  _globals['_PROXYMESSAGE']._serialized_end=1197
-  _globals['_DRAIN']._serialized_start=1199
-  _globals['_DRAIN']._serialized_end=1206
-  _globals['_DISMISS']._serialized_start=1208
-  _globals['_DISMISS']._serialized_end=1233
-  _globals['_CONTROLPLANE']._serialized_start=1235
-  _globals['_CONTROLPLANE']._serialized_end=1333
+  _globals['_INSTANCE']._serialized_end=767
+  _globals['_INSTANCE_FACTSENTRY']._serialized_start=723
+  _globals['_INSTANCE_FACTSENTRY']._serialized_end=767
+  _globals['_WELCOME']._serialized_start=769
+  _globals['_WELCOME']._serialized_end=818
+  _globals['_SEALED']._serialized_start=820
+  _globals['_SEALED']._serialized_end=855
+  _globals['_INSTANCEMESSAGE']._serialized_start=857
+  _globals['_INSTANCEMESSAGE']._serialized_end=980
+  _globals['_LOADREPORT']._serialized_start=982
+  _globals['_LOADREPORT']._serialized_end=1085
+  _globals['_LEAVE']._serialized_start=1087
+  _globals['_LEAVE']._serialized_end=1094
+  _globals['_PROXYMESSAGE']._serialized_start=1096
+  _globals['_PROXYMESSAGE']._serialized_end=1216
+  _globals['_DRAIN']._serialized_start=1218
+  _globals['_DRAIN']._serialized_end=1225
+  _globals['_DISMISS']._serialized_start=1227
+  _globals['_DISMISS']._serialized_end=1252
+  _globals['_CONTROLPLANE']._serialized_start=1254
+  _globals['_CONTROLPLANE']._serialized_end=1352
 # @@protoc_insertion_point(module_scope)

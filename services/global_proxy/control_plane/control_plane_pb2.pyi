@@ -47,7 +47,7 @@ class Joining(_message.Message):
     def __init__(self, instance: _Optional[bytes] = ..., mac: _Optional[bytes] = ...) -> None: ...
 
 class Instance(_message.Message):
-    __slots__ = ("protocol", "role", "url", "kv_address", "bootstrap_url", "start_id", "facts")
+    __slots__ = ("protocol", "role", "url", "kv_address", "bootstrap_url", "start_id", "kv_events", "facts")
     class FactsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -61,6 +61,7 @@ class Instance(_message.Message):
     KV_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     BOOTSTRAP_URL_FIELD_NUMBER: _ClassVar[int]
     START_ID_FIELD_NUMBER: _ClassVar[int]
+    KV_EVENTS_FIELD_NUMBER: _ClassVar[int]
     FACTS_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     role: str
@@ -68,8 +69,9 @@ class Instance(_message.Message):
     kv_address: str
     bootstrap_url: str
     start_id: bytes
+    kv_events: str
     facts: _containers.ScalarMap[str, str]
-    def __init__(self, protocol: _Optional[int] = ..., role: _Optional[str] = ..., url: _Optional[str] = ..., kv_address: _Optional[str] = ..., bootstrap_url: _Optional[str] = ..., start_id: _Optional[bytes] = ..., facts: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    def __init__(self, protocol: _Optional[int] = ..., role: _Optional[str] = ..., url: _Optional[str] = ..., kv_address: _Optional[str] = ..., bootstrap_url: _Optional[str] = ..., start_id: _Optional[bytes] = ..., kv_events: _Optional[str] = ..., facts: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("mac", "report_interval_s")

@@ -89,6 +89,8 @@ class Instance:
     def failed(self, reason: str, cause: object) -> None:
         """It let a request down: `unreachable`, `died`, or a status of its own as `status_503`."""
         self._metrics.failed(reason)
+        if self.unhealthy:  # that is known, and was asked as a last resort
+            return
         if self._table.is_down(self.slot):  # it has been judged; what it had then fails one by one
             if not self._ejection.half_open:
                 self._ejection.ejected_elsewhere()

@@ -1,5 +1,6 @@
 """One request to one instance: counted while it lasts, and charged to the instance if it fails."""
 
+import asyncio
 import time
 
 from services.global_proxy.errors import DiedError, EngineStatusError, UnreachableError
@@ -32,37 +33,39 @@ class Leg:
             DiedError: the connection broke.
             EngineStatusError: the engine failed with 5xx; has the answer.
         """
-        answer = await self._exchange(request)
+        connection = self.instance.endpoint.idle_connection() or await self._connect()
+        try:
+            answer = await self._send_on(connection, request)
+        except BrokenOffError as error:
+            answer = await self._send_again(request, error)
         if answer.head.status >= 500:
             self.instance.failed(f"status_{answer.head.status}", "server error")
             raise EngineStatusError(self.instance, answer)
         self.instance.answered()
         return answer
 
-    async def _exchange(self, request: bytes) -> EngineAnswer:
-        try:
-            return await self._exchange_once(request)
-        except BrokenOffError as error:
-            if not error.unseen or time.monotonic() - self.sent_s > _RACE_S:
-                raise self._died(error) from error
-        # The engine closed an idle connection just then. On a new one that cannot be.
-        try:
-            return await self._exchange_once(request, reuse=False)
-        except BrokenOffError as error:
-            raise self._died(error) from error
-
-    async def _exchange_once(self, request: bytes, reuse: bool = True) -> EngineAnswer:
-        endpoint = self.instance.endpoint
-        connection = endpoint.idle_connection() if reuse else None
-        if connection is None:
-            try:
-                connection = await endpoint.connect()
-            except NoConnectionError as error:
-                self.instance.failed("unreachable", error)
-                raise UnreachableError(self.instance) from error
+    def _send_on(self, connection: EngineConnection, request: bytes) -> asyncio.Future[EngineAnswer]:
         self._connection = connection
         self.sent_s = time.monotonic()
-        return await connection.send(request)
+        return connection.send(request)
+
+    async def _send_again(self, request: bytes, error: BrokenOffError) -> EngineAnswer:
+        """The engine may have closed an idle connection just then; on a new one that cannot be. Raises as `send`."""
+        if not error.unseen or time.monotonic() - self.sent_s > _RACE_S:
+            raise self._died(error) from error
+        connection = await self._connect()
+        try:
+            return await self._send_on(connection, request)
+        except BrokenOffError as another:
+            raise self._died(another) from another
+
+    async def _connect(self) -> EngineConnection:
+        """Raises UnreachableError."""
+        try:
+            return await self.instance.endpoint.connect()
+        except NoConnectionError as error:
+            self.instance.failed("unreachable", error)
+            raise UnreachableError(self.instance) from error
 
     async def relay_to(self, sink: Sink) -> None:
         """Give the stream to `sink`, to its end. Raises DiedError."""

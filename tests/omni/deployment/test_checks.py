@@ -105,9 +105,10 @@ def test_a_key_that_the_file_names_must_be_there(tmp_path: Path, state_folder: P
     assert not state_folder.exists()
 
 
-def test_vllm_s_own_connectors_need_no_key(tmp_path: Path, state_folder: Path) -> None:
+def test_the_proxy_needs_a_key_with_vllm_s_own_connectors_too(tmp_path: Path, state_folder: Path) -> None:
+    """Its admin API's token is made from it."""
     check_machine(plan(tmp_path, put(content(), "services/kv_transfer/connector", "nixl")), machine())
-    assert not state_folder.exists()
+    assert state_folder.exists()
 
 
 def test_experts_over_dp_ranks_on_a_cpu(tmp_path: Path) -> None:
