@@ -127,12 +127,14 @@ def deployed(
     max_model_len: int = 2048,
     kv_transfer: dict[str, Any] | None = None,
     group_options: dict[str, dict[str, Any]] | None = None,
+    proxy_options: dict[str, Any] | None = None,
 ) -> Iterator[Deployment]:
     """Start a deployment in float32, in which greedy tokens do not hang on rounding; stop it afterwards.
 
     Args:
         kv_transfer: more keys of services.kv_transfer.
         group_options: more keys of single groups, by name: "decode.group1".
+        proxy_options: more keys of deployment.proxy.
     """
     kv_transfer = kv_transfer or {}
     if "connector" not in kv_transfer:  # vLLM's own know no checksum
@@ -165,7 +167,8 @@ def deployed(
         "deployment": {
             "prefill": groups("prefill", prefill_groups),
             "decode": groups("decode", decode_groups),
-            "proxy": {"host": "127.0.0.1", "listen_port": take(1), "extra_args": list(_NO_SHORT_CUTS)},
+            "proxy": {"host": "127.0.0.1", "listen_port": take(1), "extra_args": list(_NO_SHORT_CUTS)}
+            | (proxy_options or {}),
         },
         "services": {
             "model_path": model,

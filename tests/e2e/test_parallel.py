@@ -13,7 +13,9 @@ pytestmark = pytest.mark.engine
 @pytest.fixture(scope="module")
 def two_dp_ranks(tmp_path_factory: pytest.TempPathFactory, free_ports: Callable[[int], int]) -> Iterator[Deployment]:
     folder = tmp_path_factory.mktemp("dp2")
-    with deployed(folder, free_ports, model="embedded:tiny", prefill_groups=1, decode_groups=1, dp=2) as running:
+    sizes = {"prefill_groups": 1, "decode_groups": 1, "dp": 2}
+    in_turn = {"prefill_policy": "round_robin", "decode_policy": "round_robin"}
+    with deployed(folder, free_ports, model="embedded:tiny", proxy_options=in_turn, **sizes) as running:
         yield running
 
 

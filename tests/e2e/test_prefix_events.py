@@ -20,7 +20,7 @@ from kv_transfer.event_keys import server_key
 from omni.deployment.embedded_model import ensure_embedded_model
 from services.global_proxy.prefix.index import KvEventIndex
 from services.global_proxy.prefix.prefix_index import PrefixIndex
-from services.global_proxy.prefix.sockets import Endpoints
+from services.global_proxy.prefix.sockets import Endpoints, open_socket
 from services.global_proxy.prefix.subscribers import Subscribers
 from tests.e2e.deployments import Server, engine_arguments, running
 
@@ -62,8 +62,8 @@ class Engine:
 
     def num_batches(self) -> int:
         """How many it has published. It looks for this question once between two batches, so ask more than once."""
-        with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
-            socket.linger, socket.rcvtimeo = 0, 5000
+        with zmq.Context() as context, open_socket(context, zmq.DEALER, self.endpoints.server_key) as socket:
+            socket.rcvtimeo = 5000
             assert self.endpoints.replay is not None
             socket.connect(self.endpoints.replay)
             count = 0
