@@ -29,7 +29,7 @@ bench-start: install
 # The proxy beside vllm-router, nginx and no proxy, on instant stand-in engines (about 5 minutes). Compiles with gcc; leaves
 # out, and says so, what is not installed (`make system-deps`).
 bench-proxy: install
-	$(BIN)/python -m benchmarks.bench_proxy
+	$(BIN)/python -m benchmarks.bench_proxy --arguments "--min-prefill-tokens 0 --max-active-per-decode 4096"
 
 # Our 1P1D, two plain vLLM servers, and 1P1D with NIXL behind vllm-router under the same chats and long prompts (about 15
 # minutes; ARGS=--quick: 4, and of no weight).
