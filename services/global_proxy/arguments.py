@@ -6,19 +6,16 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
-from services.global_proxy.policies.registry import ONLY_FOR, POLICIES
+from services.global_proxy.policies.registry import policy_names
 from services.global_proxy.settings import Connector, Fallback, Mode, Settings
-
-_PREFILL_POLICIES = [name for name in POLICIES if ONLY_FOR.get(name) != "decode"]
-_DECODE_POLICIES = [name for name in POLICIES if ONLY_FOR.get(name) != "prefill"]
 
 # Option, the setting that it gives, and what argparse is told of it.
 _OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("--connector", "connector", {"choices": get_args(Connector), "help": "the engines' KV connector"}),
     ("--mode", "mode", {"choices": get_args(Mode), "help": "omni: layerwise has P and D work at once"}),
     ("--key-file", "key_file", {"type": Path, "help": "the deployment key, made if it is not there"}),
-    ("--prefill-policy", "prefill_policy", {"choices": _PREFILL_POLICIES}),
-    ("--decode-policy", "decode_policy", {"choices": _DECODE_POLICIES}),
+    ("--prefill-policy", "prefill_policy", {"choices": policy_names("prefill")}),
+    ("--decode-policy", "decode_policy", {"choices": policy_names("decode")}),
     (
         "--min-prefill-tokens",
         "min_prefill_tokens",

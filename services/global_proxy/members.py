@@ -32,7 +32,7 @@ class Members:
     """
 
     def __init__(
-        self, settings: Settings, key: DeploymentKey | None, table: LoadTable, writer: Writer, metrics: Metrics
+        self, settings: Settings, key: DeploymentKey, table: LoadTable, writer: Writer, metrics: Metrics
     ) -> None:
         self._settings = settings
         self._key = key
@@ -129,7 +129,6 @@ class Members:
                 task = self._unfollowing[name] = asyncio.create_task(self._subscribers.remove(name))
                 task.add_done_callback(partial(self._unfollowed, name))
         for name in wanted.keys() - self._followed.keys() - self._unfollowing.keys():
-            assert self._key is not None, "there is one if there are KV events"
             self._subscribers.add(name, Endpoints.at(wanted[name], server_key(self._key)))
             self._followed[name] = wanted[name]
 

@@ -16,7 +16,8 @@ from services.global_proxy.membership.registry_client import ChannelClient, Dire
 from services.global_proxy.membership.worker_seat import WorkerSeat
 from services.global_proxy.membership.workers import Workers
 from services.global_proxy.observing.cells import Cells
-from services.global_proxy.policies.registry import ONLY_FOR, POLICIES
+from services.global_proxy.observing.metrics import Metrics
+from services.global_proxy.policies.registry import policy_names
 from services.global_proxy.proxy import Proxy
 from services.global_proxy.security.tls import server_context
 from services.global_proxy.server import ProxyServer
@@ -34,11 +35,12 @@ async def run_alone(settings: Settings, host: str, sock: socket.socket) -> None:
     """
     stopping = _stop_signal()
     key = deployment_key(settings)
-    table = LoadTable.create()
+    table, cells = LoadTable.create(), Cells(2)
     registry = make_registry(settings, table)
     async with AsyncExitStack() as stack:
-        await _open_control_plane(settings, host, key, registry, stack)
-        await stack.enter_async_context(_serving(settings, key, table, DirectClient(registry), sock))
+        metrics = Metrics(cells, settings.num_workers, table.num_slots)  # the row after the workers'
+        await _open_control_plane(settings, host, key, registry, metrics, stack)
+        await stack.enter_async_context(_serving(settings, key, table, DirectClient(registry), sock, cells))
         await stopping.wait()
 
 
@@ -51,10 +53,11 @@ async def run_parent(settings: Settings, host: str, sock: socket.socket, command
     """
     stopping = _stop_signal()
     key = deployment_key(settings)
-    table, cells = LoadTable.create(settings.num_workers), Cells(settings.num_workers)
+    table, cells = LoadTable.create(settings.num_workers), Cells(settings.num_workers + 1)
     registry = make_registry(settings, table)
     async with AsyncExitStack() as stack:
-        await _open_control_plane(settings, host, key, registry, stack)
+        metrics = Metrics(cells, settings.num_workers, table.num_slots)  # the row after the workers'
+        await _open_control_plane(settings, host, key, registry, metrics, stack)
         workers = Workers(command, sock, table, registry, shared_fds=(cells.fd,))
         await workers.run(stopping, settings.drain_timeout_s + _STOP_S)
 
@@ -62,7 +65,7 @@ async def run_parent(settings: Settings, host: str, sock: socket.socket, command
 async def run_worker(settings: Settings, seat: WorkerSeat) -> None:
     """One of the workers, until its parent tells it to stop, or is gone; then drain."""
     stopping = _stop_signal()
-    cells = Cells(seat.table.num_workers, seat.shared_fds[0])
+    cells = Cells(seat.table.num_workers + 1, seat.shared_fds[0])
     client = await ChannelClient.open(seat.channel_end)
     try:
         key = deployment_key(settings)
@@ -87,7 +90,7 @@ def deployment_key(settings: Settings) -> DeploymentKey:
 
 def make_registry(settings: Settings, table: LoadTable) -> Registry:
     """With the instances that the settings name."""
-    names = {role: [name for name in POLICIES if ONLY_FOR.get(name, role) == role] for role in ROLES}
+    names = {role: policy_names(role) for role in ROLES}
 
     def check(spec: InstanceSpec) -> None:
         """Raises ValueError: this way of handing off cannot use it."""
@@ -111,7 +114,7 @@ async def _serving(
     table: LoadTable,
     client: RegistryClient,
     sock: socket.socket,
-    cells: Cells | None = None,
+    cells: Cells,
     worker: int = 0,
 ) -> AsyncIterator[None]:
     """A proxy that listens."""
@@ -127,11 +130,16 @@ async def _serving(
 
 
 async def _open_control_plane(
-    settings: Settings, host: str, key: DeploymentKey, registry: Registry, stack: AsyncExitStack
+    settings: Settings, host: str, key: DeploymentKey, registry: Registry, metrics: Metrics, stack: AsyncExitStack
 ) -> None:
     if settings.control_port is None:
         return
-    control = ControlPlane(registry, key, facts={"connector": settings.connector, "mode": settings.mode})
+    control = ControlPlane(
+        registry,
+        key,
+        facts={"connector": settings.connector, "mode": settings.mode},
+        on_refused=lambda why: metrics.joins_refused.labels(why).inc(),
+    )
     await control.start(host, settings.control_port)
     stack.push_async_callback(control.stop)
 

@@ -52,7 +52,7 @@ class Proxy:
     """`async with Proxy(...) as proxy:` inside an event loop; then `serve` requests.
 
     Args:
-        key: the deployment key, for our own connector.
+        key: the deployment key: signs our own hand-offs and makes the admin API's token.
         registry: gives its state, at once and after each change, and takes the admin API's commands.
         cells, worker: where the metrics of all workers are, and which of them this is.
 
@@ -63,7 +63,7 @@ class Proxy:
     def __init__(
         self,
         settings: Settings,
-        key: DeploymentKey | None,
+        key: DeploymentKey,
         table: LoadTable,
         registry: RegistryClient,
         cells: Cells | None = None,
@@ -120,8 +120,7 @@ class Proxy:
         )
         self._one_engine = OneEngine(self.members, settings.max_n)
         self.app: FastAPI = make_app(self.members, self.in_flight, metrics, settings.api_keys_file is not None)
-        if self._key is not None:
-            self.app.include_router(make_admin_router(self._registry, self.table, admin_token(self._key)))
+        self.app.include_router(make_admin_router(self._registry, self.table, admin_token(self._key)))
         return self
 
     async def __aexit__(self, *_: object) -> None:

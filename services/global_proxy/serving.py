@@ -96,7 +96,9 @@ class Serving:
                     await self._relay(opened, call, reply, started_s)
                 finally:
                     opened.close()
-                admitted.ended_well(record.chunks, call.prompt.max_new_tokens)
+                admitted.ended_well(record.chunks or None, call.prompt.max_new_tokens)
+                if record.chunks:
+                    parts.gate.give_back(key, call.prompt.max_new_tokens - record.chunks)
             finally:
                 admitted.leave()
         except ProxyError as error:

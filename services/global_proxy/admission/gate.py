@@ -3,7 +3,6 @@
 import time
 
 from services.global_proxy.admission.kv_budget import KvBudget
-from services.global_proxy.admission.limits import FixedLimit, Limit
 from services.global_proxy.admission.queue import AdmissionQueue, QueueSettings
 from services.global_proxy.admission.rate_limit import RateLimiter
 from services.global_proxy.instances.pool import Pool
@@ -31,11 +30,9 @@ class Admitted:
         self._arrived = True
         self._gate.queue.arrived(self._reserved)
 
-    def ended_well(self, num_new_tokens: int, max_new_tokens: int) -> None:
-        """The answer was complete. Of whole answers the number of tokens is not known: 0."""
-        gate = self._gate
-        if num_new_tokens:
-            gate.queue.ended_well(time.monotonic() - self._entered_s, num_new_tokens, max_new_tokens)
+    def ended_well(self, num_new_tokens: int | None, max_new_tokens: int) -> None:
+        """The answer was complete. Of whole answers the number of tokens is not known: None."""
+        self._gate.queue.ended_well(time.monotonic() - self._entered_s, num_new_tokens, max_new_tokens)
 
     def leave(self) -> None:
         self._gate.queue.leave(self._reserved, self._arrived)
@@ -56,21 +53,21 @@ class Gate:
         self._decode = decode
         self._table = table
         self._max_active = max_active_per_decode
-        self._limit = FixedLimit(max_active_per_decode)
         self._kv = KvBudget()
         self._looked_s = float("-inf")
         self._limiter = RateLimiter(num_workers=table.num_workers)
         elsewhere = self._elsewhere if table.num_workers > 1 else None
-        self.queue = AdmissionQueue(self._limit, self._kv, settings, elsewhere)
-
-    @property
-    def limit(self) -> Limit:
-        return self._limit
+        self.queue = AdmissionQueue(max_active_per_decode, self._kv, settings, elsewhere)
 
     def charge(self, key: ApiKey | None, prompt: Prompt) -> None:
         """Count the request against its key's rates. Raises RateLimitError."""
         if key is not None:
             self._limiter.take(key.name.encode(), key.limits, prompt.num_tokens + prompt.max_new_tokens)
+
+    def give_back(self, key: ApiKey | None, num_tokens: int) -> None:
+        """Tokens that were charged and not generated."""
+        if key is not None and num_tokens > 0:
+            self._limiter.give_back(key.name.encode(), num_tokens)
 
     def try_enter(self, prompt: Prompt) -> Admitted | None:
         """A place, if there is one at once."""
@@ -105,7 +102,7 @@ class Gate:
     def _look_at_instances(self) -> None:
         self._looked_s = time.monotonic()
         serving = [instance for instance in self._decode.instances if instance.member.state == "active"]
-        self._limit.value = max(1, int(len(serving) * self._max_active * _KEEP_FED))
+        self.queue.max_in_flight = max(1, int(len(serving) * self._max_active * _KEEP_FED))
         reports = [self._table.report(instance.slot) for instance in serving]
         known = [report for report in reports if report is not None and report.kv_total_tokens]
         if known and len(known) == len(serving):

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from services.global_proxy.admission.errors import NotAdmittedError, OverloadedError, QueueTimeoutError
 from services.global_proxy.admission.kv_budget import KvBudget, Sized
-from services.global_proxy.admission.limits import Limit
 
 _LOOK_AGAIN_S = 0.003  # other workers do not say when they make room
 _SMOOTHING = 0.05
@@ -59,19 +58,19 @@ class AdmissionQueue:
         finally: queue.leave(reserved, has_arrived)
 
     Attributes:
-        limit, kv: may be changed or replaced at any time; call `look` afterwards.
+        max_in_flight: requests, over all workers; may be changed at any time, as `kv` may: call `look` afterwards.
         num_in_flight: requests of this worker that have entered and not left.
     """
 
     def __init__(
         self,
-        limit: Limit,
+        max_in_flight: int,
         kv: KvBudget,
         settings: QueueSettings | None = None,
         elsewhere: Elsewhere | None = None,
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.limit = limit
+        self.max_in_flight = max_in_flight
         self.kv = kv
         self.settings = settings or QueueSettings()
         self.num_in_flight = 0
@@ -94,7 +93,7 @@ class AdmissionQueue:
         need = kv.need(prompt)
         if self._elsewhere is None:  # the same as below, without the calls
             num_in_flight = self.num_in_flight
-            if num_in_flight and not (num_in_flight < self.limit.value and kv.has_room(need)):
+            if num_in_flight and not (num_in_flight < self.max_in_flight and kv.has_room(need)):
                 return 0
         elif not self._has_room(need):
             return 0
@@ -148,12 +147,15 @@ class AdmissionQueue:
         if self._waiting:
             self.look()
 
-    def ended_well(self, service_s: float, num_new_tokens: int, max_new_tokens: int) -> None:
-        """Before `leave`: the answer was complete, `service_s` after it entered. Others teach nothing."""
+    def ended_well(self, service_s: float, num_new_tokens: int | None, max_new_tokens: int) -> None:
+        """Before `leave`: the answer was complete, `service_s` after it entered. Others teach nothing.
+
+        Args:
+            num_new_tokens: None where it is not known.
+        """
         self._service_s += (_SMOOTHING if self._service_s else 1.0) * (service_s - self._service_s)
-        self.kv.learn(num_new_tokens, max_new_tokens)
-        total = self.num_in_flight + (self._elsewhere()[0] if self._elsewhere else 0)
-        self.limit.ended(service_s, num_new_tokens, total)
+        if num_new_tokens is not None:
+            self.kv.learn(num_new_tokens, max_new_tokens)
 
     def look(self) -> None:
         """Let in who may start now. To be called when limits or reports have changed."""
@@ -179,7 +181,7 @@ class AdmissionQueue:
         num_in_flight = self.num_in_flight + num_elsewhere
         if num_in_flight == 0:
             return True  # what is larger than the whole budget must run at some time, or be refused by an engine
-        return num_in_flight < self.limit.value and self.kv.has_room(need, tokens_elsewhere)
+        return num_in_flight < self.max_in_flight and self.kv.has_room(need, tokens_elsewhere)
 
     def _take(self, need: int) -> int:
         self.num_in_flight += 1

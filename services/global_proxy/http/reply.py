@@ -42,10 +42,6 @@ class Reply:
         self._caught_up: asyncio.Future[None] | None = None
         self._at_event_end = True  # the last chunk closed its server-sent event
 
-    @property
-    def streaming(self) -> bool:
-        return self.status is not None and not self.complete
-
     def whole(self, status: int, content_type: bytes, body: bytes, headers: Sequence[Header] = ()) -> None:
         framing = b"" if status in _BODYLESS else b"content-length: %d\r\n" % len(body)
         message = self._head(status, content_type, headers, framing)

@@ -67,4 +67,6 @@ REFUSED_REASONS = (
     "invalid",
 )
 
+JOIN_REFUSALS = ("not_genuine", "refused", "too_many")  # on the control plane
+
 TRACE_OUTCOMES = ("recorded", "exported", "failed")  # recorded, but neither of the others: dropped or still queued

@@ -37,13 +37,13 @@ F = TypeVar("F", bound=Family)
 
 
 class Metrics:
-    """One worker's metrics; what it shows are the sums over all workers.
+    """One process's metrics: a worker's, or the registry's. What it shows are the sums over all of them.
 
     Its registry is its own, so that two proxies in one process do not share counts.
 
     Args:
-        cells: shared by the workers, made before they were forked; None for a single process.
-        worker: which of them this is.
+        cells: shared by the processes; None for a single one.
+        worker: whose row this process writes.
         num_slots: instances that can be there at once; the load table's.
 
     Raises:
@@ -76,6 +76,9 @@ class Metrics:
             "decode_only", "Requests that D served alone", {"reason": labels.DECODE_ONLY_REASONS}
         )
         self.refused = self._labelled("refused", "Requests turned away unserved", {"reason": labels.REFUSED_REASONS})
+        self.joins_refused = self._labelled(
+            "joins_refused", "Streams refused on the control plane", {"reason": labels.JOIN_REFUSALS}
+        )
         self.retries = self._labelled(
             "retries", "Legs sent again, elsewhere", {"role": labels.ROLES, "reason": labels.RETRY_REASONS}
         )

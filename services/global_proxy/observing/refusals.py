@@ -15,7 +15,6 @@ _REASONS: dict[type[ProxyError], str] = {
     WrongMethodError: "unknown_route",
     InvalidRequestError: "invalid",
 }
-REASONS = tuple(dict.fromkeys(_REASONS.values()))
 
 
 def reason_of(error: ProxyError) -> str | None:

@@ -43,11 +43,17 @@ class BothLegs(Way):
 
     async def open(self, call: Call) -> Opened:
         prefill = self.legs.choose(self.legs.prefill_pool, call)
+        prefill.hold()  # from here on: who drains it must not find it idle while it is introduced
+        try:
+            return await self._open_with(prefill, call)
+        finally:
+            prefill.let_go()
+
+    async def _open_with(self, prefill: Instance, call: Call) -> Opened:
         introduction = await self.introduce(call, prefill)
         prefill_body = call.body.prefill_json(introduction.prefill_params)
         decode_body = call.body.decode_json(msgspec.json.encode(introduction.decode_params))
         lease = self._ledger.open(introduction.release)
-        prefill.hold()
         prefill_leg = asyncio.create_task(self.legs.prefill(prefill, call, prefill_body))
         decode_leg = asyncio.create_task(self.legs.decode(call, decode_body))
         opened: Opened | None = None
@@ -69,7 +75,6 @@ class BothLegs(Way):
                 await _end(prefill_leg, decode_leg, opened)
             finally:
                 lease.give_up()
-                prefill.let_go()
         return opened or await self.legs.decode_alone(call, PREFILL_REFUSED)
 
     async def _is_refused(self, prefill_leg: asyncio.Task[Prefilled], decode_leg: asyncio.Task[Opened]) -> bool:

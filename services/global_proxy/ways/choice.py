@@ -11,13 +11,11 @@ from services.global_proxy.ways.sequential import Nixl, OmniPull
 from services.global_proxy.ways.way import Way
 
 
-def make_way(settings: Settings, key: DeploymentKey | None, legs: Legs, ledger: LeaseLedger) -> Way:
-    """`key` is there for our own connector."""
+def make_way(settings: Settings, key: DeploymentKey, legs: Legs, ledger: LeaseLedger) -> Way:
     if settings.connector == "nixl":
         return Nixl(legs, ledger)
     if settings.connector == "mooncake":
         return Mooncake(legs, ledger)
-    assert key is not None
     if settings.mode == "layerwise":
         return OmniLayerwise(legs, ledger, LeaseReleaser(key), key)
     return OmniPull(legs, ledger, LeaseReleaser(key))

@@ -167,7 +167,7 @@ async def deploy(key_file: Path) -> AsyncIterator[Deploy]:
             )
             sock = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
             table = LoadTable.create()
-            key = load_or_make_key(key_file) if told.connector == "omni" else None
+            key = load_or_make_key(key_file)
             stack.callback(table.close)
             registry = make_registry(told, table)
             proxy = await stack.enter_async_context(Proxy(told, key, table, DirectClient(registry)))

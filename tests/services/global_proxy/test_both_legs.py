@@ -243,6 +243,16 @@ class TestPrefillFails:
         assert pd.decode[0].received == []
         assert await pd.failures(pd.prefill[0], "unreachable") == 2  # the only one is asked twice
 
+    async def test_a_prefill_that_is_being_introduced_is_not_idle(self, pd: Deployment) -> None:
+        """Who drains it waits for that, too."""
+        pd.prefill[0].bootstrap_gate.clear()
+        request = asyncio.create_task(pd.complete())
+        (instance,) = pd.proxy.members.prefill.instances
+        await until(lambda: pd.proxy.table.leases(instance.slot) == 1)
+        pd.prefill[0].bootstrap_gate.set()
+        assert (await request)[0] == 200
+        assert pd.proxy.table.leases(instance.slot) == 0
+
     async def test_those_who_wait_for_a_silent_bootstrap_server_do_so_together(
         self, deploy: Deploy, monkeypatch: pytest.MonkeyPatch
     ) -> None:

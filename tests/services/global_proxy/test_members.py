@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from kv_transfer.auth import load_or_make_key
 from services.global_proxy.instances.leg import Leg
 from services.global_proxy.members import Members
 from services.global_proxy.membership.load_table import LoadTable
@@ -41,7 +42,7 @@ async def members(table: LoadTable, metrics: Metrics, tmp_path: Path) -> AsyncIt
         prefill_policy="round_robin",
         decode_policy="round_robin",
     )
-    members = Members(settings, None, table, table.writer(0), metrics)
+    members = Members(settings, load_or_make_key(tmp_path / "key"), table, table.writer(0), metrics)
     yield members
     await members.close()
 

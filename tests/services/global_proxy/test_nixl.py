@@ -63,7 +63,3 @@ async def test_a_request_that_decode_refuses_is_left_to_the_engines(pd: Deployme
     pd.decode[0].error = (400, "{}")
     assert (await pd.complete())[0] == 400
     await pd.idle()
-
-
-async def test_no_deployment_key_is_needed(pd: Deployment) -> None:
-    assert not pd.proxy.settings.key_file.exists()

@@ -152,3 +152,25 @@ async def test_a_key_of_higher_priority_goes_first(table: LoadTable) -> None:
     assert not usual.done()
     usual.cancel()
     await asyncio.gather(usual, return_exceptions=True)
+
+
+async def test_whole_answers_too_say_how_long_one_must_wait(table: LoadTable) -> None:
+    gate = make_gate(table)
+    answered = gate.try_enter(prompt())
+    assert answered is not None
+    answered._entered_s -= 100
+    answered.ended_well(None, 10)
+    answered.leave()
+    fill(gate)
+    with pytest.raises(OverloadedError):
+        await gate.enter(prompt(), None, 0, time.monotonic() + 10)
+
+
+async def test_tokens_that_were_not_generated_are_not_charged(table: LoadTable) -> None:
+    gate = make_gate(table)
+    key = ApiKey("alice", b"", b"", RateLimits(tokens_per_minute=120))
+    gate.charge(key, prompt(10, 100))
+    with pytest.raises(RateLimitError):
+        gate.charge(key, prompt(10, 100))
+    gate.give_back(key, 100)
+    gate.charge(key, prompt(10, 100))

@@ -8,7 +8,6 @@ import pytest
 
 from services.global_proxy.admission.errors import OverloadedError, QueueTimeoutError
 from services.global_proxy.admission.kv_budget import KvBudget
-from services.global_proxy.admission.limits import FixedLimit
 from services.global_proxy.admission.queue import AdmissionQueue, Elsewhere, QueueSettings
 from tests.services.global_proxy.admission.clock import now_s, run
 
@@ -29,7 +28,7 @@ def make(
     max_waiting: int = 1024,
 ) -> AdmissionQueue:
     settings = QueueSettings(max_waiting=max_waiting, max_wait_s=30)
-    return AdmissionQueue(FixedLimit(limit), KvBudget(capacity_tokens), settings, elsewhere, now_s)
+    return AdmissionQueue(limit, KvBudget(capacity_tokens), settings, elsewhere, now_s)
 
 
 async def settle() -> None:
@@ -129,11 +128,11 @@ def test_limits_change_while_requests_wait() -> None:
         queue.try_enter(ASK)
         waiting = [asyncio.create_task(queue.enter(ASK)) for _ in range(3)]
         await settle()
-        queue.limit = FixedLimit(3)
+        queue.max_in_flight = 3
         queue.look()
         await settle()
         assert [task.done() for task in waiting] == [True, True, False]
-        queue.limit = FixedLimit(1)
+        queue.max_in_flight = 1
         queue.leave(20, has_arrived=False)
         await settle()
         assert not waiting[2].done()
@@ -161,7 +160,7 @@ def test_full_queue_refuses_at_once() -> None:
 def test_hopeless_wait_is_refused_at_once() -> None:
     async def main() -> None:
         queue = make(limit=2)
-        queue.ended_well(service_s=8, num_new_tokens=1, max_new_tokens=1)
+        queue.ended_well(service_s=8, num_new_tokens=None, max_new_tokens=1)
         queue.try_enter(ASK)
         queue.try_enter(ASK)
         waiting = [asyncio.create_task(queue.enter(ASK)) for _ in range(3)]  # each begins 4 s after the other

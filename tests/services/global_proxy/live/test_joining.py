@@ -4,19 +4,25 @@ import asyncio
 import os
 import signal
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import pytest
+
+from kv_transfer.auth import load_or_make_key
 from tests.services.global_proxy.faults.load import Load
 from tests.services.global_proxy.faults.processes import EngineProcess, ServerProcess
 from tests.services.global_proxy.live.conftest import Client, LiveProxy, Stage, eventually
 
 
-async def start_agent(stage: Stage, engine: EngineProcess, controls: list[str]) -> ServerProcess:
+async def start_agent(
+    stage: Stage, engine: EngineProcess, controls: list[str], key_file: Path | None = None
+) -> ServerProcess:
     agent = ServerProcess(stage.folder / f"agent{len(stage.processes)}.log")
     stage.processes.append(agent)
-    key_file = str(stage.folder / "deployment.key")
+    key = str(key_file or stage.folder / "deployment.key")
     program = "tests.services.global_proxy.live.agent_program"
-    await agent.run("-m", program, engine.role, engine.url, key_file, *controls)
+    await agent.run("-m", program, engine.role, engine.url, key, *controls)
     return agent
 
 
@@ -89,3 +95,19 @@ async def test_instances_join_two_proxies_and_leave(stage: Stage) -> None:
 
 async def status_of_health(proxy: LiveProxy) -> int:
     return (await health(proxy))[0]
+
+
+async def test_a_stranger_is_refused_and_counted(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> None:
+    (engine,), _ = await stage.engines(1, 0)
+    control = f"127.0.0.1:{stage.free_port()}"
+    proxy = await stage.proxy([], "--control-port", control.partition(":")[2])
+    client = await proxy.client()
+    other_key = tmp_path_factory.mktemp("stranger") / "deployment.key"
+    load_or_make_key(other_key)
+    await start_agent(stage, engine, [control], other_key)
+
+    async def counted() -> bool:
+        return await proxy.metric("joins_refused_total", reason="not_genuine") >= 1
+
+    await eventually(counted, True)
+    assert await names(client) == set()
