@@ -10,6 +10,7 @@ from services.global_proxy.admission.rate_limit import RateLimits
 from services.global_proxy.membership.admin_route import admin_token
 from services.global_proxy.security.api_keys import new_key
 from services.global_proxy.security.routes import ROUTES
+from tests.services.global_proxy.conftest import Deploy
 from tests.services.global_proxy.security.conftest import Build
 from tests.services.global_proxy.security.fort import COMPLETIONS, FROM_AN_ENGINE, Fort, assert_error, bearer
 
@@ -81,3 +82,19 @@ async def test_the_admin_token_is_no_api_key(forts: Build, keys: tuple[Path, str
     for headers in (b"", bearer(keys[1]), bearer(token[:-1])):
         assert_error(await fort.ask("GET", "/admin/v1/state", headers), 401, "AuthenticationError")
     assert (await fort.ask("GET", "/admin/v1/state", bearer(token)))[0] == 200
+
+
+async def test_a_stream_is_charged_what_it_gave(deploy: Deploy, tmp_path: Path) -> None:
+    """At its start it is charged for all that it may give: 60 tokens and the prompt's few, of 100 a minute."""
+    key, entry = new_key("frugal", RateLimits(tokens_per_minute=100))
+    file = tmp_path / "keys"
+    file.write_text(f"{entry.line()}\n")
+    file.chmod(0o600)
+    pd = await deploy(api_keys_file=file)
+    for _ in range(4):
+        body = pd.prompt | {"stream": True, "max_tokens": 60}
+        headers = {"Authorization": f"Bearer {key}"}
+        async with pd.client.post(pd.url + "/v1/completions", json=body, headers=headers) as response:
+            assert response.status == 200
+            await response.read()
+        await pd.idle()
