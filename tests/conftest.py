@@ -1,10 +1,15 @@
 """Fixtures for all tests."""
 
+import os
 import random
 import socket
 from collections.abc import Callable
 
 import pytest
+
+# Some tests fork this process, as the engine host does, which never has gRPC loaded; in here other tests have loaded it,
+# and it would start its threads anew in the child, on descriptors that the child has closed. Read as gRPC is imported.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 
 
 @pytest.fixture(scope="session")

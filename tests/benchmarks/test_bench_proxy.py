@@ -107,10 +107,15 @@ class TestRun:
         subject = Nginx() if find_program("nginx") else Direct()
         started = start(subject, engines, plan, stack)
         assert answers(started.port)
-        children = psutil.Process().children(recursive=True)
-        assert len(children) >= 2
+        processes = [
+            process
+            for started_by in (*engines.processes, started.process)
+            if started_by
+            for process in started_by._tree()
+        ]
+        assert len(processes) >= 2
         stack.close()
-        assert [child for child in children if child.is_running()] == []
+        assert [process for process in processes if process.is_running()] == []
         assert not answers(started.port)
 
     def test_failed_answers_are_no_answers(self, plan: Plan, stack: contextlib.ExitStack) -> None:
