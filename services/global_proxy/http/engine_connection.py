@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, cast
 
-from services.global_proxy.http.framing import ChunkedFraming, FramingError, LengthFraming
+from services.global_proxy.http.framing import ChunkedFraming, FramingError, LengthFraming, is_one_chunk
 from services.global_proxy.http.response_head import MAX_HEAD_BYTES, ResponseHead, parse_head
 
 _MAX_HELD_BYTES = 256 * 1024  # of a stream that nobody takes yet
@@ -62,7 +62,7 @@ class EngineConnection(asyncio.Protocol):
         self._head: ResponseHead | None = None
         self._framing: ChunkedFraming | LengthFraming | None = None
         self._answer: asyncio.Future[EngineAnswer] | None = None
-        self._sink: Sink | None = None
+        self._take: Callable[[bytes, bool], None] | None = None  # the sink's, up to the stream's end
         self._relayed: asyncio.Future[None] | None = None
 
     # For whoever has a request.
@@ -83,8 +83,8 @@ class EngineConnection(asyncio.Protocol):
 
     def relay_to(self, sink: Sink) -> asyncio.Future[None]:
         """Give the stream to `sink`, from its first byte to its last. Fails with BrokenOffError."""
-        assert self._sink is None, "a stream has one taker"
-        self._sink = sink
+        assert self._relayed is None, "a stream has one taker"
+        self._take = sink.take
         self._relayed = self._loop.create_future()
         if self._buffer:
             self.data_received(b"")
@@ -109,7 +109,7 @@ class EngineConnection(asyncio.Protocol):
         succeeded = done is not None and done.done() and not done.cancelled() and done.exception() is None
         if self.closed or not succeeded or self._buffer or not cast(ResponseHead, self._head).keep_alive:
             return False  # of a stream that nobody took there is something in the buffer
-        self._head = self._framing = self._answer = self._sink = self._relayed = None
+        self._head = self._framing = self._answer = self._take = self._relayed = None
         self._num_served += 1
         self.resume()  # the last stream's taker may have been behind
         return True
@@ -117,7 +117,7 @@ class EngineConnection(asyncio.Protocol):
     def abort(self) -> None:
         """Close at once: the engine aborts what it was doing for this request. No sink gets anything any more."""
         self.closed = True
-        self._sink = None
+        self._take = None
         if self._transport is not None:
             self._transport.abort()
 
@@ -129,7 +129,9 @@ class EngineConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         buffer = self._buffer
         try:
-            if self._sink is None:
+            if self._take is not None and not buffer and is_one_chunk(data):
+                self._take(data, False)
+            elif self._relayed is None:
                 buffer += data
                 self._read()
             elif not buffer:
@@ -181,20 +183,21 @@ class EngineConnection(asyncio.Protocol):
 
     def _pass_on(self, data: bytes) -> None:
         """Give the sink the whole chunks: were the engine to die now, what follows would not land inside of one."""
-        framing, sink, relayed = self._framing, self._sink, self._relayed
+        framing, take, relayed = self._framing, self._take, self._relayed
         assert isinstance(framing, ChunkedFraming), "a stream"
-        assert sink is not None and relayed is not None, "set together"  # noqa: PT018
-        if framing.done:
+        if take is None or relayed is None:
             raise FramingError("bytes after the last chunk")
         num_whole = framing.whole_chunks(data)
         if num_whole == len(data):
-            sink.take(data, framing.done)
+            take(data, framing.done)
         else:
             self._buffer += data[num_whole:]
             if num_whole:
-                sink.take(data[:num_whole], False)
-        if framing.done and not relayed.done():
-            relayed.set_result(None)
+                take(data[:num_whole], False)
+        if framing.done:
+            self._take = None
+            if not relayed.done():
+                relayed.set_result(None)
 
     def _steer(self) -> None:
         paused = self._held or self._taker_behind

@@ -10,6 +10,7 @@ _MAX_CHUNK_BYTES = 64 * 1024 * 1024
 _MAX_SIZE_LINE = 64  # bytes: sixteen hexadecimal digits and any extension that a server of this world sends
 _HEX = b"0123456789abcdefABCDEF"
 _USUAL_SIZES = {b"%x" % num_bytes: num_bytes for num_bytes in range(2048)}  # looking one up takes half the time
+_MAX_USUAL_LINE = 5  # bytes of a size line, its end included
 
 LAST_CHUNK = b"0\r\n\r\n"
 
@@ -89,6 +90,13 @@ class ChunkedFraming:
                 self.done = True
         self.num_needed = num_needed
         return position
+
+
+def is_one_chunk(data: bytes) -> bool:
+    """Whether it is one whole chunk of a usual size and not the last: most of what engines send. False says nothing."""
+    line_end = data.find(b"\r\n", 0, _MAX_USUAL_LINE)
+    num_bytes = _USUAL_SIZES.get(data[:line_end], 0)
+    return num_bytes > 0 and line_end + num_bytes + 4 == len(data) and data.endswith(b"\r\n")
 
 
 def payloads(data: bytes) -> Iterator[bytes]:

@@ -40,7 +40,8 @@ class Reply:
         self._source: EngineConnection | None = None
         self._behind = False
         self._caught_up: asyncio.Future[None] | None = None
-        self._at_event_end = True  # the last chunk closed its server-sent event
+        self._passes_chunks = self._has_body and self._takes_chunks
+        self._last_sent = b""  # of a stream
 
     def whole(self, status: int, content_type: bytes, body: bytes, headers: Sequence[Header] = ()) -> None:
         framing = b"" if status in _BODYLESS else b"content-length: %d\r\n" % len(body)
@@ -60,20 +61,18 @@ class Reply:
         """Pass on whole chunks, framing included; `done`: the last chunk is among them."""
         self.num_bytes += len(data)
         self.complete = done
-        if not self._has_body:
-            return
-        if self._takes_chunks:
+        if self._passes_chunks:
             self._transport.write(data)
-            self._at_event_end = data.endswith(b"\n\n\r\n")
-        else:
+            self._last_sent = data
+        elif self._has_body:
             for payload in payloads(data):
                 self._transport.write(payload)
-                self._at_event_end = payload.endswith(b"\n\n")
+                self._last_sent = payload
 
     def event(self, event: bytes) -> None:
         """One server-sent event of ours, after the end of the last one."""
-        payload = event if self._at_event_end else b"\n\n" + event
-        self.take(as_chunk(payload))
+        at_event_end = not self._last_sent or self._last_sent.removesuffix(b"\r\n").endswith(b"\n\n")
+        self.take(as_chunk(event if at_event_end else b"\n\n" + event))
 
     def end(self) -> None:
         if not self.complete:

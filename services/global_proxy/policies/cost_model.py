@@ -15,7 +15,9 @@ _PRIOR_PREFILL = (0.01, 1e-4, 1e-4)  # s; s per token of the prompt; s per token
 _PRIOR_DECODE = (0.02, 1e-4, 2e-7)  # s; s per request; s per token
 
 _FEWEST_OWN = 4  # samples, before an instance is believed to differ from the fleet
-_FEWEST = 16  # samples, before D may be given prompts that P was to compute
+_FEWEST = 8  # samples, before D may be given prompts that P was to compute
+_MOST_HELD_UP = 4.0  # tokens' time that streams on D may be held up by such a prompt
+_FLEET_LEARNS = 64  # samples that its fit takes all
 _SAMPLE_EVERY = 4  # the fleet's fit takes every fourth sample once it has enough
 _STALE_AFTER = 100  # samples from each other instance without one from this
 _OPTIMISM = 0.9  # a stale instance is taken to cost so much less, again and again, down to what the fleet costs
@@ -145,7 +147,7 @@ class Costs:
 
     def _observed(self, of_fleet: Fit, load: int, more_load: int, seconds: float) -> None:
         fleet = self._fleet
-        if of_fleet.num_samples < 4 * _FEWEST or fleet.num_observed % _SAMPLE_EVERY == 0:
+        if of_fleet.num_samples < _FLEET_LEARNS or fleet.num_observed % _SAMPLE_EVERY == 0:
             of_fleet.observe(load, more_load, seconds)
         fleet.look_after_one()
         self._observed_at = fleet.num_observed
@@ -166,8 +168,9 @@ def break_even_tokens(
 ) -> int:
     """The longest prompt that D had better compute itself, in tokens; 0: always disaggregate.
 
-    Up to there D alone answers sooner than P, the hand-off and D, and the streams that D serves meanwhile are held up
-    by no more than one token's time. 0 until enough prefills on both and enough answers of D were observed.
+    Up to there D alone answers sooner than P, the hand-off and D, by more than what the streams on D lose together
+    while it computes the prompt, and none of them is held up by more than a few tokens' time. 0 until enough was
+    observed of both. A D that was given no prompt yet is taken to compute it as fast as P.
 
     Args:
         prefill: costs of the P that would be chosen.
@@ -176,14 +179,14 @@ def break_even_tokens(
         num_tokens_ahead: prompt tokens in flight at P.
         num_streams: requests in flight at D.
     """
-    if not (prefill.has_prefill and decode.has_prefill and decode.has_decode) or handoff_s < 0.0:
+    if not (prefill.has_prefill and decode.has_decode) or handoff_s < 0.0:
         return 0
-    ahead_s = prefill.prefill_base_s + prefill.prefill_ahead_s * num_tokens_ahead + handoff_s
-    gained_s = ahead_s - decode.prefill_base_s
+    alone = decode if decode.has_prefill else prefill
+    gained_s = prefill.prefill_base_s + prefill.prefill_ahead_s * num_tokens_ahead + handoff_s - alone.prefill_base_s
     if gained_s <= 0.0:
         return 0
-    bound = decode.seconds_per_token(num_streams, 0) / max(decode.prefill_token_s, 1e-9)
-    extra_s = decode.prefill_token_s - prefill.prefill_token_s  # what each token costs more on D
+    bound = _MOST_HELD_UP * decode.seconds_per_token(num_streams, 0) / max(alone.prefill_token_s, 1e-9)
+    extra_s = alone.prefill_token_s * (1 + num_streams) - prefill.prefill_token_s  # what each token costs more on D
     if extra_s > 0.0:
         bound = min(bound, gained_s / extra_s)
     return int(bound)

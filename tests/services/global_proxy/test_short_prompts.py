@@ -1,5 +1,6 @@
 """Which prompts D computes itself."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -48,27 +49,15 @@ def test_a_bound_that_is_given(pools: Pools) -> None:
     assert alone(pools.short(0), 1) == 0
 
 
-def test_while_nothing_is_known_a_few_short_ones_are_tried_on_decode(pools: Pools) -> None:
+def test_while_nothing_is_known_all_are_handed_off(pools: Pools) -> None:
     short = pools.short()
-    assert alone(short, 64) == 4
-    assert alone(short, 65) == 0
+    short.saw_handoff(0.05)
+    assert alone(short, 1) == 0
     assert short.min_prefill_tokens == 0
 
 
-def test_no_more_are_tried_once_decode_is_known_or_gone(pools: Pools) -> None:
-    (decode,) = pools.decode.instances
-    decode.unhealthy = True
-    pools.decode.changed()
-    assert alone(pools.short(), 10) == 0
-    decode.unhealthy = False
-    pools.decode.changed()
-    for _ in range(50):
-        decode.costs.observe_prefill(10, 0, 0.01)
-    assert alone(pools.short(), 10) == 0
-
-
 def test_the_bound_is_found_where_handing_off_costs_more_than_it_saves(pools: Pools) -> None:
-    """P and D compute a token in 100 us; to hand off costs 50 ms: prompts of up to about 500 tokens stay with D."""
+    """P and D compute a token in 100 us; to hand off costs 50 ms."""
     (prefill,), (decode,) = pools.prefill.instances, pools.decode.instances
     short = pools.short()
     for num_tokens in (50, 500, 1000, 2000) * 20:
@@ -76,15 +65,35 @@ def test_the_bound_is_found_where_handing_off_costs_more_than_it_saves(pools: Po
         decode.costs.observe_prefill(num_tokens, 0, 0.01 + num_tokens * 1e-4)
         decode.costs.observe_decode(4, 4000, 0.02)
         short.saw_handoff(0.05)
-    alone(short, 10_000)
-    assert 0 < short.min_prefill_tokens < 10_000
+    assert alone(short, 10_000) == 0
+    assert short.min_prefill_tokens > 0
     bound = short.min_prefill_tokens
     assert (alone(short, bound - 1), alone(short, bound)) == (64, 0)
+
+
+def test_the_bound_follows_the_load(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+    (prefill,), (decode,) = pools.prefill.instances, pools.decode.instances
+    short = pools.short()
+    for num_tokens, num_ahead in ((50, 0), (500, 1000), (1000, 0), (2000, 4000)) * 20:
+        prefill.costs.observe_prefill(num_tokens, num_ahead, 0.01 + (num_tokens + num_ahead) * 1e-4)
+        decode.costs.observe_decode(4, 4000, 0.02)
+        short.saw_handoff(0.005)
+    decode.begin(100)
+    alone(short, 10_000)
+    idle = short.min_prefill_tokens
+    prefill.begin(2000)
+    alone(short, 10_000)
+    assert short.min_prefill_tokens == idle  # it does not look for every prompt
+    now_s = 1.0
+    alone(short, 10_000)
+    assert 0 < 4 * idle < short.min_prefill_tokens
 
 
 def test_with_nobody_there_there_is_no_bound(pools: Pools) -> None:
     pools.prefill.set_instances([])
     short = pools.short()
     short.saw_handoff(10.0)
-    alone(short, 10_000, times=128)
+    alone(short, 10_000)
     assert short.min_prefill_tokens == 0

@@ -82,6 +82,20 @@ def test_nonsense_never_fails_otherwise(data: bytes) -> None:
         return
 
 
+@given(st.one_of(st.binary(max_size=300).map(as_chunk), st.binary(max_size=20)), st.binary(max_size=3))
+def test_what_passes_for_one_chunk_is_one(data: bytes, more: bytes) -> None:
+    stream = ChunkedFraming()
+    if framing.is_one_chunk(data + more):
+        assert (stream.whole_chunks(data + more), stream.done) == (len(data + more), False)
+
+
+def test_one_chunk() -> None:
+    event = as_chunk(b"data: {}\n\n")
+    assert framing.is_one_chunk(event)
+    for other in (b"", LAST_CHUNK, event[:-1], event + b"x", event[:-2] + b"xx", event * 2, event + LAST_CHUNK):
+        assert not framing.is_one_chunk(other)
+
+
 def test_a_large_chunk_is_walked_once() -> None:
     """Looking at all of it for each piece would take quadratic time."""
     body, buffer = ChunkedFraming(), bytearray(b"100000\r\n")
