@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SITE := $(VENV)/lib/python3.11/site-packages
 CONFIG ?= configs/demo.yaml
 
-.PHONY: demo serve test check install lock proto bench-start bench-proxy bench-serving bench-waits bench-kv bench-overlap system-deps clean
+.PHONY: demo serve test check install lock proto bench-start bench-proxy bench-serving bench-waits bench-tokenise bench-kv bench-overlap system-deps clean
 
 demo: install
 	$(BIN)/omni_cli demo
@@ -39,6 +39,10 @@ bench-serving: install
 # vLLM's engines, whose processes wait for one another in a loop, beside ours, which sleep (about 4 minutes; --model tiny for short steps).
 bench-waits: install
 	$(BIN)/python -m benchmarks.bench_waits
+
+# D gets text or P's token ids, in the forms that the proxy sends: what the api servers and the proxy pay for each (about 5 minutes).
+bench-tokenise: install
+	$(BIN)/python -m benchmarks.bench_tokenise_once
 
 # Every way of moving KV beside memcpy, raw sockets, NIXL and Mooncake, on the same buffers (about 6 minutes).
 bench-kv: install

@@ -1,5 +1,6 @@
-"""Waiting for the servers that a benchmark has started."""
+"""Where a benchmark's servers listen, and waiting for them."""
 
+import socket
 import subprocess
 import sys
 import time
@@ -8,6 +9,13 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 _TIMEOUT_S = 600.0
+
+
+def free_port() -> int:
+    """One of this host that nobody listens on now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
 
 
 def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[bytes] | None" = None) -> None:

@@ -13,7 +13,8 @@ from benchmarks.bench_proxy.cases import Case, Throughput, body_of
 from benchmarks.bench_proxy.measure import Load, measure
 from benchmarks.bench_proxy.processes import BenchmarkError, Process
 from benchmarks.bench_proxy.results import Result, Results, add_latencies
-from benchmarks.bench_proxy.subjects import Engines, Subject, free_port
+from benchmarks.bench_proxy.subjects import Engines, Subject
+from benchmarks.servers import free_port
 
 _START_S = 40.0
 _WARM_UP = Throughput("warm_up", 4, False, 1, 1.0)

@@ -5,10 +5,9 @@ processes do, and the proxies, share both cores.
 """
 
 import json
-import shutil
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,9 @@ from typing import Any
 
 import yaml
 
-from benchmarks.bench_proxy.processes import find_program
-from benchmarks.bench_proxy.subjects import free_port
 from benchmarks.bench_serving.processes import Process, running, wait_until_healthy
+from benchmarks.routers import nginx, nginx_command, vllm_router, vllm_router_command
+from benchmarks.servers import free_port
 
 MODEL = "m"  # as clients name it
 _VLLM = "vllm.entrypoints.openai.api_server"
@@ -97,9 +96,7 @@ class Plain(System):
     name = "plain"
 
     def __init__(self) -> None:
-        self.title = (
-            f"two plain vLLM servers, round robin ({'nginx' if find_program('nginx') else 'stand-in for nginx'})"
-        )
+        self.title = f"two plain vLLM servers, round robin ({'nginx' if nginx() else 'stand-in for nginx'})"
         self._arguments: tuple[str, ...] = ()
 
     def start(self, setup: Setup, stack: ExitStack) -> Running:
@@ -134,7 +131,7 @@ class Nixl(System):
     title = "1P1D of plain vLLM with NixlConnector behind vllm-router"
 
     def missing(self) -> str | None:
-        return None if _vllm_router() else "vllm-router's Python package is not installed: make install"
+        return None if vllm_router() else "vllm-router's Python package is not installed: make install"
 
     def start(self, setup: Setup, stack: ExitStack) -> Running:
         ports = [free_port(), free_port()]
@@ -147,13 +144,7 @@ class Nixl(System):
         engine_urls = tuple(f"http://127.0.0.1:{port}" for port in ports)
         wait_until_healthy(engine_urls, engines, setup.start_timeout_s)
         port = free_port()
-        command = [
-            _vllm_router() or "vllm-router",
-            *("--vllm-pd-disaggregation", "--kv-connector", "nixl", "--policy", "round_robin"),
-            *("--prefill", engine_urls[0], "--decode", engine_urls[1], "--log-level", "warning"),
-            *("--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(free_port())),
-            *("--worker-startup-check-interval", "1", "--worker-startup-timeout-secs", "60"),
-        ]
+        command = vllm_router_command(port, engine_urls[0], engine_urls[1])
         router = stack.enter_context(running(command, setup.log_folder / "nixl-router.log", setup.cores))
         url = f"http://127.0.0.1:{port}"
         wait_until_healthy([url], [router], setup.start_timeout_s)
@@ -211,51 +202,9 @@ def _deployment(setup: Setup) -> dict[str, Any]:
     }
 
 
-_NGINX_CONFIG = """\
-daemon off;
-worker_processes 1;
-pid {folder}/nginx.pid;
-error_log stderr warn;
-events {{ worker_connections 4096; }}
-http {{
-    access_log off;
-    client_body_temp_path {folder}/body;
-    proxy_temp_path {folder}/proxy;
-    fastcgi_temp_path {folder}/fastcgi;
-    uwsgi_temp_path {folder}/uwsgi;
-    scgi_temp_path {folder}/scgi;
-    client_body_buffer_size 1m;
-    upstream servers {{
-        {servers}
-        keepalive 256;
-    }}
-    server {{
-        listen 127.0.0.1:{port};
-        location = /health {{ return 200; }}
-        location / {{
-            proxy_pass http://servers;
-            proxy_http_version 1.1;
-            proxy_set_header Connection "";
-            proxy_buffering off;
-            proxy_next_upstream off;
-            proxy_read_timeout 600s;
-        }}
-    }}
-}}
-"""
-
-
-def _balancer(port: int, server_ports: Collection[int], folder: Path) -> list[str]:
+def _balancer(port: int, server_ports: Sequence[int], folder: Path) -> list[str]:
     """nginx, whose default is round robin; where it is not installed, a stand-in."""
-    program = find_program("nginx")
-    if program is None:
-        urls = [f"http://127.0.0.1:{server_port}" for server_port in server_ports]
-        return [sys.executable, "-m", "benchmarks.bench_serving.round_robin", str(port), *urls]
-    servers = " ".join(f"server 127.0.0.1:{server_port} max_fails=0;" for server_port in server_ports)
-    config = folder / "nginx.conf"
-    config.write_text(_NGINX_CONFIG.format(folder=folder, port=port, servers=servers))
-    return [program, "-e", "stderr", "-p", str(folder), "-c", str(config)]
-
-
-def _vllm_router() -> str | None:
-    return shutil.which("vllm-router", path=str(Path(sys.executable).parent)) or find_program("vllm-router")
+    if nginx() is not None:
+        return nginx_command(port, server_ports, folder, answers_health=True)
+    urls = [f"http://127.0.0.1:{server_port}" for server_port in server_ports]
+    return [sys.executable, "-m", "benchmarks.bench_serving.round_robin", str(port), *urls]

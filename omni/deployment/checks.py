@@ -70,7 +70,8 @@ def _port_problems(plan: LaunchPlan) -> Iterator[Problem]:
                 pool = f"deployment.{process.role}"
                 field = f"{pool}.{process.group}.{key}" if process.group else f"{pool}.{key}"
                 text = f"port {port} on {process.host} for {process.name} is taken{_taker(port)}"
-                yield Problem(field, text, "end that process or write another port")
+                mend = "end that process or write another port"
+                yield Problem(field, text, f"{mend}, or 0 for none" if key == "control_port" else mend)
 
 
 def _ports(process: ProcessPlan) -> Iterator[tuple[str, int]]:
@@ -78,6 +79,8 @@ def _ports(process: ProcessPlan) -> Iterator[tuple[str, int]]:
     yield ("base_api_port" if process.group else "listen_port"), process.port
     if process.kv_port is not None:
         yield "base_kv_port", process.kv_port
+    if process.control_port is not None:
+        yield "control_port", process.control_port
     if process.event_port is not None:
         yield "base_event_port", process.event_port
         yield "base_event_port", process.event_port + 1

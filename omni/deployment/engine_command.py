@@ -16,6 +16,9 @@ MOONCAKE_ON_CPU = "omni.adaptors.vllm.mooncake_on_cpu.MooncakeOnCpu"
 EAGER_STAGES = '{"mode": 2, "backend": "eager"}'
 SHUTDOWN_TIMEOUT_S = 5  # for requests in flight
 MAX_NUM_SEQS_CPU = 64  # vLLM's own default is made for accelerators
+# Of a prompt that D computes itself, while it has other requests, so many tokens a step: about what doubles its time.
+DECODE_CHUNK_TOKENS_CPU = 16
+DECODE_CHUNK_TOKENS = 256
 
 _CONNECTORS: Mapping[KvConnector, Mapping[str, str]] = {
     "omni": {"kv_connector": "OmniConnector", "kv_connector_module_path": "kv_transfer.connector"},
@@ -24,7 +27,14 @@ _CONNECTORS: Mapping[KvConnector, Mapping[str, str]] = {
 }
 
 # What a user may write although the plan has a default or an opinion.
-_FREE = ("--max-num-seqs", "--block-size", "--max-num-batched-tokens", "--enforce-eager", "--no-enforce-eager")
+_FREE = (
+    "--max-num-seqs",
+    "--block-size",
+    "--max-num-batched-tokens",
+    "--long-prefill-token-threshold",
+    "--enforce-eager",
+    "--no-enforce-eager",
+)
 # What would change the processes' number or arrangement behind the plan's back.
 _NEVER = (
     "--config",
@@ -97,6 +107,12 @@ class EngineCommand:
         return {}
 
     @property
+    def max_num_seqs(self) -> int | None:
+        """Sequences that the engine computes at once; None: as many as vLLM thinks right for the device."""
+        written = number_of(self.group.extra_args, "--max-num-seqs")
+        return written or (MAX_NUM_SEQS_CPU if self.is_cpu else None)
+
+    @property
     def _is_in_step(self) -> bool:
         return self.is_moe and self.group.data_parallel_size > 1
 
@@ -119,8 +135,15 @@ class EngineCommand:
             yield from ("--kv-cache-memory-bytes", str(self.kv_bytes_per_worker))
         if self._is_in_step:
             yield from self._data_parallel_arguments()
+        if self.group.role == "decode":
+            yield from self._decode_defaults()
         if self.is_cpu:
             yield from self._cpu_defaults()
+
+    def _decode_defaults(self) -> Iterator[str]:
+        if "--long-prefill-token-threshold" not in {_flag(part) for part in self.group.extra_args}:
+            num_tokens = DECODE_CHUNK_TOKENS_CPU if self.is_cpu else DECODE_CHUNK_TOKENS
+            yield from ("--long-prefill-token-threshold", str(min(num_tokens, self.max_model_len)))
 
     def _cpu_defaults(self) -> Iterator[str]:
         written = {_flag(part) for part in self.group.extra_args}
@@ -195,13 +218,14 @@ class EngineCommand:
         return config
 
 
-def block_size_of(extra_args: Sequence[str]) -> int | None:
-    """The KV block size that the user's arguments ask for, tokens."""
+def number_of(extra_args: Sequence[str], flag: str) -> int | None:
+    """What `--flag N` or `--flag=N` among the user's arguments says, the last one as for argparse; None: nothing."""
+    number = None
     for part, following in zip_longest(extra_args, extra_args[1:], fillvalue=""):
-        if _flag(part) == "--block-size":
+        if _flag(part) == flag:
             text = part.partition("=")[2] or following
-            return int(text) if text.isdecimal() and int(text) > 0 else None
-    return None
+            number = int(text) if text.isdecimal() and int(text) > 0 else None
+    return number
 
 
 def _flag(part: str) -> str:

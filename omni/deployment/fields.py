@@ -40,6 +40,14 @@ def _port(value: Any) -> int:
     return number
 
 
+def _control_port(value: Any) -> int:
+    """Whether an empty value meant the default or none could only be guessed, so it is refused."""
+    number = _whole_number(value)
+    if number is None or not (number == 0 or 1024 <= number <= 65535):
+        raise _refusal("is not a port number", "write a number from 1024 to 65535, 0 for none, or delete the line")
+    return number
+
+
 def _count(value: Any) -> int:
     number = _whole_number(value)
     if number is None or number < 1:
@@ -160,6 +168,7 @@ def _at_least_one(groups: dict[str, Any]) -> dict[str, Any]:
 
 
 Port = Annotated[int, BeforeValidator(_port)]
+ControlPort = Annotated[int | None, BeforeValidator(_control_port)]  # None: not written
 Connections = Annotated[int, BeforeValidator(_connections)]
 Count = Annotated[int, BeforeValidator(_count)]
 Positive = Annotated[float, BeforeValidator(_positive)]

@@ -20,6 +20,7 @@ from omni.deployment.fields import (
     Arguments,
     AtLeastOne,
     Connections,
+    ControlPort,
     Count,
     DecodeGroupName,
     Devices,
@@ -126,7 +127,8 @@ class Group(Access, EngineOptions):
 class Proxy(Access):
     host: Host = "127.0.0.1"
     listen_port: Port = 7000
-    control_port: Port | None = None  # where engines join and report their load; default: nowhere
+    control_port: ControlPort = None  # where engines join and report their load; 0: nowhere; default:
+    # `omni.deployment.ports.control_port`
     other_control_addresses: tuple[Text, ...] = ()  # HOST:PORT of more proxies that the engines join
     workers: Count = 1  # processes behind listen_port
     prefill_policy: PrefillPolicy | None = None  # who gets a prompt; default: the proxy's own

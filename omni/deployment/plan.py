@@ -3,22 +3,23 @@
 CPU engines share cores and memory (`cores`, `memory`); on devices vLLM measures the memory itself.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from omni.deployment.cores import Cores, share_cores
-from omni.deployment.engine_command import EngineCommand, block_size_of
+from omni.deployment.engine_command import EngineCommand, number_of
 from omni.deployment.engine_env import engine_env, env_problems
 from omni.deployment.errors import Problem, raise_any
 from omni.deployment.groups import GroupSettings, group_settings
 from omni.deployment.local_hosts import host_problems
 from omni.deployment.machine import Machine
 from omni.deployment.memory import GIB, PROXY_BYTES, KvNeed, engine_bytes_without_kv, kv_need, kv_sizes
-from omni.deployment.model import Deployment, KvTransfer, Proxy
+from omni.deployment.model import Deployment
 from omni.deployment.model_info import DTYPE_BYTES, ModelInfo
 from omni.deployment.plan_types import LaunchPlan, ProcessPlan
+from omni.deployment.ports import control_port
+from omni.deployment.proxy_command import control_addresses, proxy_command, proxy_problems
 
 CPU_BLOCK_SIZE = 128  # tokens; vLLM's default on a CPU
 CPU_MLA_BLOCK_SIZE = 16  # the only one that its CPU kernel for MLA has
@@ -45,7 +46,7 @@ def make_plan(deployment: Deployment, model: ModelInfo, machine: Machine, *, con
     dtype = _dtype(deployment, model, machine)
     groups = list(group_settings(deployment))
     connector = deployment.services.kv_transfer.connector
-    problems = list(host_problems(deployment, machine))
+    problems = [*host_problems(deployment, machine), *proxy_problems(deployment.deployment.proxy)]
     for group in groups:
         problems += [
             *_length_problems(group, model),
@@ -68,8 +69,8 @@ def make_plan(deployment: Deployment, model: ModelInfo, machine: Machine, *, con
         connector=connector,
         key_file=deployment.services.kv_transfer.key_file,
         mode=deployment.services.kv_transfer.mode,
-        control_addresses=_control_addresses(deployment.deployment.proxy),
-        processes=(*engines, _proxy(deployment, engines)),
+        control_addresses=control_addresses(deployment),
+        processes=(*engines, _proxy(deployment, engines, commands)),
     )
 
 
@@ -99,7 +100,7 @@ def _kv_need(group: GroupSettings, model: ModelInfo, dtype: str) -> KvNeed:
         model,
         dtype=dtype,
         tp=group.tensor_parallel_size,
-        block_size=block_size_of(group.extra_args) or default_block_size,
+        block_size=number_of(group.extra_args, "--block-size") or default_block_size,
         max_model_len=_max_model_len(group, model),
         kv_cache_gib=group.kv_cache_gib,
     )
@@ -197,18 +198,8 @@ def _event_port(deployment: Deployment, rank: _Rank) -> int | None:
     return group.base_event_port(group.hosts[0]) + 2 * rank.dp_rank
 
 
-def _proxy(deployment: Deployment, engines: Sequence[ProcessPlan]) -> ProcessPlan:
+def _proxy(deployment: Deployment, engines: Sequence[ProcessPlan], commands: Sequence[EngineCommand]) -> ProcessPlan:
     proxy = deployment.deployment.proxy
-    command = [sys.executable, "-m", "services.global_proxy", "--host", proxy.host, "--port", str(proxy.listen_port)]
-    for engine in engines:
-        command += [f"--{engine.role}", engine.url]
-    if proxy.control_port is not None:
-        command += ["--control-port", str(proxy.control_port)]
-    command += _proxy_kv_arguments(deployment.services.kv_transfer, engines)
-    for engine in engines:
-        if engine.event_address:
-            command += ["--kv-events", engine.event_address]
-    command += _proxy_options(proxy)
     return ProcessPlan(
         name="proxy",
         role="proxy",
@@ -216,50 +207,11 @@ def _proxy(deployment: Deployment, engines: Sequence[ProcessPlan]) -> ProcessPla
         dp_rank=0,
         host=proxy.host,
         port=proxy.listen_port,
-        command=tuple(command),
+        command=proxy_command(deployment, engines, commands),
         env={},
         log_file=deployment.log_folder / "proxy.log",
         cpu_cores=(),
         kv_bytes=0,
         memory_bytes=PROXY_BYTES,
+        control_port=control_port(deployment),
     )
-
-
-def _proxy_options(proxy: Proxy) -> Iterator[str]:
-    """What differs from the proxy's own defaults."""
-    for option, value, default in (
-        ("--workers", proxy.workers, 1),
-        ("--prefill-policy", proxy.prefill_policy, None),
-        ("--decode-policy", proxy.decode_policy, None),
-        ("--fallback", proxy.fallback, "none"),
-        ("--api-keys", proxy.api_keys_file, None),
-        ("--tls-certificate", proxy.tls_certificate_file, None),
-        ("--tls-key", proxy.tls_key_file, None),
-        ("--otlp-endpoint", proxy.otlp_endpoint, None),
-    ):
-        if value != default:
-            yield from (option, str(value))
-    yield from proxy.extra_args
-
-
-def _control_addresses(proxy: Proxy) -> tuple[str, ...]:
-    """Of each proxy that the engines join, as they reach it from here."""
-    host = "127.0.0.1" if proxy.host == "0.0.0.0" else proxy.host
-    own = () if proxy.control_port is None else (f"{host}:{proxy.control_port}",)
-    return (*own, *proxy.other_control_addresses)
-
-
-def _proxy_kv_arguments(kv_transfer: KvTransfer, engines: Sequence[ProcessPlan]) -> Iterator[str]:
-    """What the proxy needs to drive the engines' connector, where it is not the usual: addresses in the order of P."""
-    addresses = [engine.kv_address for engine in engines if engine.role == "prefill" and engine.kv_address]
-    if kv_transfer.connector != "omni":
-        yield from ("--connector", kv_transfer.connector)
-    if kv_transfer.key_file is not None:
-        yield from ("--key-file", str(kv_transfer.key_file))
-    if kv_transfer.connector == "mooncake":
-        for address in addresses:
-            yield from ("--bootstrap", f"http://{address}")
-    if kv_transfer.mode == "layerwise":
-        yield from ("--mode", "layerwise")
-        for address in addresses:
-            yield from ("--kv-address", address)

@@ -31,6 +31,7 @@ class ProcessPlan:
     memory_bytes: int  # all memory the process is expected to need, bytes
     event_port: int | None = None  # where it publishes its KV events; repeats them on the next one; None: nowhere
     kv_port: int | None = None  # where it is asked for KV; None: nowhere, or on a port of the system's choice
+    control_port: int | None = None  # the proxy's, where engines join it; None: nowhere
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -44,10 +45,8 @@ class ProcessPlan:
     @property
     def ports(self) -> tuple[int, ...]:
         """All that it listens on."""
-        more = () if self.kv_port is None else (self.kv_port,)
-        return (
-            (self.port, *more) if self.event_port is None else (self.port, *more, self.event_port, self.event_port + 1)
-        )
+        events = () if self.event_port is None else (self.event_port, self.event_port + 1)
+        return (self.port, *(port for port in (self.kv_port, self.control_port) if port is not None), *events)
 
     @property
     def kv_address(self) -> str | None:

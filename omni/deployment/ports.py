@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, count
 
 from omni.deployment.errors import Problem
 from omni.deployment.groups import GroupSettings, group_settings
@@ -10,6 +10,7 @@ from omni.deployment.model import Deployment
 
 HIGHEST_PORT = 65535
 _EVERY_ADDRESS = "0.0.0.0"
+_CONTROL_PORT = "deployment.proxy.control_port"
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,29 @@ class PortClaim:
         return same_host and self.first <= other.last and other.first <= self.last
 
 
+def control_port(deployment: Deployment) -> int | None:
+    """Where engines join the proxy and report their load; None: nowhere.
+
+    Unless written, it is the first port above listen_port that nothing else in the file has.
+    """
+    proxy = deployment.deployment.proxy
+    if proxy.control_port is not None:
+        return proxy.control_port or None
+    of_other_proxies = {address.rpartition(":")[2] for address in proxy.other_control_addresses}
+    claims = list(_engine_claims(deployment))
+    above = (PortClaim(proxy.host, port, port, _CONTROL_PORT) for port in count(proxy.listen_port + 1))
+    return next(c.first for c in above if str(c) not in of_other_proxies and not any(map(c.meets, claims)))
+
+
 def port_claims(deployment: Deployment) -> Iterator[PortClaim]:
+    yield from _engine_claims(deployment)
+    proxy = deployment.deployment.proxy
+    yield PortClaim(proxy.host, proxy.listen_port, proxy.listen_port, "deployment.proxy.listen_port")
+    if (port := control_port(deployment)) is not None:
+        yield PortClaim(proxy.host, port, port, _CONTROL_PORT)
+
+
+def _engine_claims(deployment: Deployment) -> Iterator[PortClaim]:
     with_kv_port = deployment.services.kv_transfer.roles_with_port
     for group in group_settings(deployment):
         for host in group.hosts:
@@ -43,10 +66,6 @@ def port_claims(deployment: Deployment) -> Iterator[PortClaim]:
                 yield PortClaim(host, first, first + 2 * more + 1, _port_field(group, host, "base_event_port"))
         port = group.master_port
         yield PortClaim(group.hosts[0], port, port, _port_field(group, group.hosts[0], "master_port"))
-    proxy = deployment.deployment.proxy
-    yield PortClaim(proxy.host, proxy.listen_port, proxy.listen_port, "deployment.proxy.listen_port")
-    if proxy.control_port is not None:
-        yield PortClaim(proxy.host, proxy.control_port, proxy.control_port, "deployment.proxy.control_port")
 
 
 def port_problems(deployment: Deployment) -> Iterator[Problem]:

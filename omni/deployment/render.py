@@ -18,6 +18,8 @@ _SECRET_NAME = re.compile(r"(^|[-_])(api)?(key|token)([-_]|$)|secret|passw|crede
 def plan_table(plan: LaunchPlan) -> Table:
     title = f"{plan.name}: {plan.served_model_name} in {plan.dtype}"
     caption = f"memory in GiB\nmodel {plan.model_path}\nlogs in {plan.proxy.log_file.parent}"
+    if plan.control_addresses:
+        caption += f"\nengines join at {', '.join(plan.control_addresses)}"
     table = Table(title=title, caption=caption)
     for heading in ("process", "url", "cores"):
         table.add_column(heading, overflow="fold")
@@ -42,6 +44,7 @@ def plan_as_dict(plan: LaunchPlan) -> dict[str, Any]:
         "dtype": plan.dtype,
         "connector": plan.connector,
         "key_file": None if plan.key_file is None else str(plan.key_file),
+        "control_addresses": list(plan.control_addresses),
         "processes": [_process_as_dict(process) for process in plan.processes],
     }
 

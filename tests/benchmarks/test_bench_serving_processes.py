@@ -14,9 +14,9 @@ import psutil
 import pytest
 
 from benchmarks.bench_proxy.processes import BenchmarkError
-from benchmarks.bench_proxy.subjects import free_port
 from benchmarks.bench_serving import processes
 from benchmarks.bench_serving.processes import CpuMeter, is_alive, running, wait_until_healthy
+from benchmarks.servers import free_port
 
 CORES = tuple(sorted(os.sched_getaffinity(0)))
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]

@@ -15,13 +15,13 @@ import psutil
 import pytest
 
 from benchmarks.bench_proxy.processes import BenchmarkError
-from benchmarks.bench_proxy.subjects import free_port
 from benchmarks.bench_serving import report, run
 from benchmarks.bench_serving.client import UNFINISHED, Outcome, body_of, first_in_line, play
 from benchmarks.bench_serving.processes import is_alive, running, wait_until_healthy
 from benchmarks.bench_serving.run import Plan, Results, Run
 from benchmarks.bench_serving.systems import Running, Setup, System
 from benchmarks.bench_serving.trace import Arrival
+from benchmarks.servers import free_port
 from tests.standins.engine import StandinEngine
 
 CHAT = Arrival(0.0, "chat", "hello", 3)

@@ -140,7 +140,7 @@ def deployed(
     if "connector" not in kv_transfer:  # vLLM's own know no checksum
         kv_transfer = {"checksum": True, **kv_transfer}
     name = f"test-{folder.name}"
-    first_port = free_ports((prefill_groups + decode_groups) * (2 * dp + 1) + 1)
+    first_port = free_ports((prefill_groups + decode_groups) * (2 * dp + 1) + 2)  # the last: where engines join
     ports = iter(range(first_port, first_port + 1000))
 
     def take(count: int) -> int:

@@ -75,6 +75,31 @@ class TestTwoPrefillTwoDecode(AnswersLikePlainVllm):
         assert [choices(answer) for answer in answers] == expected * 2
 
 
+class TestDecodeAlone:
+    """D computes a prompt itself, in pieces while it has other requests."""
+
+    def test_a_seeded_prompt_in_pieces_is_answered_as_in_one(self, deployment: Deployment) -> None:
+        """vLLM on a CPU would die of it."""
+        decode = deployment.decode[0]
+        body = completion(list(range(60, 160)), seed=7, temperature=1.0, max_tokens=12, cache_salt="in one")
+        alone = choices(decode.post(COMPLETIONS, body))
+        with ThreadPoolExecutor(4) as pool:
+            pieces = list(pool.map(lambda salt: decode.post(COMPLETIONS, body | {"cache_salt": f"{salt}"}), range(4)))
+        assert [choices(answer) for answer in pieces] == [alone] * 4
+
+
+def test_the_proxy_knows_how_much_kv_there_is(deployment: Deployment) -> None:
+    """By default the engines of the file join it and report, and nobody is there twice."""
+
+    def is_told() -> bool:
+        instances = json.loads(deployment.cli("scale", "list", "--json").stdout)
+        assert {instance["source"] for instance in instances} == {"file"}
+        assert len(instances) == len(deployment.prefill) + len(deployment.decode)
+        return all((instance["report"] or {}).get("kv_total_tokens", 0) > 0 for instance in instances)
+
+    assert eventually(is_told, 10)
+
+
 class TestDisaggregation:
     """The prompt is computed on P alone, its KV arrives on D as it was, and P is as empty as before."""
 

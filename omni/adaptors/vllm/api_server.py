@@ -12,7 +12,7 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from omni.adaptors.vllm import event_publisher, fork_start, hand_off_guard, queue_waits
+from omni.adaptors.vllm import event_publisher, fork_start, hand_off_guard, queue_waits, seeded_chunks
 
 Beside = Callable[[], AbstractAsyncContextManager[object]]
 
@@ -40,6 +40,7 @@ def serve(arguments: Sequence[str], beside: Beside = nullcontext) -> None:
     os.environ.setdefault("SAGEMAKER_CONTAINER_LOG_LEVEL", "INFO")
     if current_platform.is_cpu():
         queue_waits.sleep_at_once()
+        seeded_chunks.keep_engines_alive()
     args = make_arg_parser(FlexibleArgumentParser(prog="vllm serve")).parse_args(list(arguments))
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)

@@ -169,12 +169,12 @@ def break_even_tokens(
     """The longest prompt that D had better compute itself, in tokens; 0: always disaggregate.
 
     Up to there D alone answers sooner than P, the hand-off and D, by more than what the streams on D lose together
-    while it computes the prompt, and none of them is held up by more than a few tokens' time. 0 until enough was
-    observed of both. A D that was given no prompt yet is taken to compute it as fast as P.
+    while it computes the prompt, and none of them loses more than a few tokens' time. 0 until enough was observed of
+    both. What streams lose is taken to be P's time for the prompt: D's own, where they go on meanwhile, is longer.
 
     Args:
         prefill: costs of the P that would be chosen.
-        decode: costs of the D; its prefills are those of requests that came to D alone.
+        decode: costs of the D; its prefills are those of requests that came to D alone. Without any it passes for a P.
         handoff_s: from P's answer to D's first token, observed.
         num_tokens_ahead: prompt tokens in flight at P.
         num_streams: requests in flight at D.
@@ -185,8 +185,9 @@ def break_even_tokens(
     gained_s = prefill.prefill_base_s + prefill.prefill_ahead_s * num_tokens_ahead + handoff_s - alone.prefill_base_s
     if gained_s <= 0.0:
         return 0
-    bound = _MOST_HELD_UP * decode.seconds_per_token(num_streams, 0) / max(alone.prefill_token_s, 1e-9)
-    extra_s = alone.prefill_token_s * (1 + num_streams) - prefill.prefill_token_s  # what each token costs more on D
-    if extra_s > 0.0:
-        bound = min(bound, gained_s / extra_s)
+    held_up_s = max(prefill.prefill_token_s, 1e-9)  # each stream, by each token
+    bound = _MOST_HELD_UP * decode.seconds_per_token(num_streams, 0) / held_up_s
+    net_s = alone.prefill_token_s + held_up_s * (num_streams - 1)  # lost by each token: D's less P's, and the streams'
+    if net_s > 0.0:
+        bound = min(bound, gained_s / net_s)
     return int(bound)

@@ -26,15 +26,16 @@ def taken_port() -> Iterator[int]:
 
 def plan(folder: Path, data: dict[str, Any], **changes: Any) -> LaunchPlan:
     """A plan on free ports, with a model folder that exists."""
-    with socket.socket() as one, socket.socket() as two, socket.socket() as three:
+    with socket.socket() as one, socket.socket() as two, socket.socket() as three, socket.socket() as four:
         free = []
-        for probe in (one, two, three):
+        for probe in (one, two, three, four):
             probe.bind(("127.0.0.1", 0))
             free.append(probe.getsockname()[1])
     data["deployment"]["prefill"]["group1"] = {"base_api_port": free[0], "master_port": 2001} | changes
     data["deployment"]["decode"]["group1"] = {"base_api_port": free[1], "master_port": 2002}
     if data["deployment"]["proxy"]["listen_port"] == 7000:
         data["deployment"]["proxy"]["listen_port"] = free[2]
+    data["deployment"]["proxy"].setdefault("control_port", free[3])
     return planned(folder, data, of=model(path=model_folder(folder / "model")))
 
 
@@ -59,6 +60,16 @@ def test_the_proxy_s_port(tmp_path: Path, taken_port: int) -> None:
         MachineError, match=rf"^deployment\.proxy\.listen_port: port {taken_port} on 127\.0\.0\.1 for proxy"
     ):
         check_machine(plan(tmp_path, data), machine())
+
+
+def test_the_control_port(tmp_path: Path, taken_port: int) -> None:
+    data = put(content(), "deployment/proxy/control_port", taken_port)
+    with pytest.raises(MachineError) as caught:
+        check_machine(plan(tmp_path, data), machine())
+    (line,) = lines(caught.value)
+    assert line.startswith(f"deployment.proxy.control_port: port {taken_port} on 127.0.0.1 for proxy is taken")
+    assert line.endswith("; end that process or write another port, or 0 for none")
+    check_machine(plan(tmp_path, put(content(), "deployment/proxy/control_port", 0)), machine())
 
 
 def test_the_master_port_counts_where_somebody_listens(tmp_path: Path, taken_port: int) -> None:

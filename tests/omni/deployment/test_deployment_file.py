@@ -58,6 +58,7 @@ def test_group_names_of_both_styles(tmp_path: Path) -> None:
 PORT = "is not a port number; write a number from 1024 to 65535"
 COUNT = "is not a number of at least 1; write a whole number such as 1"
 CONNECTIONS = "is not a number of connections; write a whole number from 1 to 16"
+CONTROL_PORT = "is not a port number; write a number from 1024 to 65535, 0 for none, or delete the line"
 POSITIVE = "is not a number above 0; write a number such as 30 or 0.5"
 HOST = "is not an IPv4 address or host name; write one such as 127.0.0.1"
 DEVICES = 'is not a list of device numbers; write them without spaces or a trailing comma: "0,1,2,3"'
@@ -75,6 +76,10 @@ BLOCK = 'is not a block of NAME: text lines; write lines such as OMP_PROC_BIND: 
         (f"{P1}/base_api_port", "9_000", f"'9_000' {PORT}"),
         (f"{D1}/master_port", 80.5, f"80.5 {PORT}"),
         ("deployment/proxy/listen_port", None, f"an empty value {PORT}"),
+        ("deployment/proxy/control_port", None, f"an empty value {CONTROL_PORT}"),
+        ("deployment/proxy/control_port", 80, f"80 {CONTROL_PORT}"),
+        ("deployment/proxy/control_port", -1, f"-1 {CONTROL_PORT}"),
+        ("deployment/proxy/control_port", False, f"False {CONTROL_PORT}"),
         ("services/decode/max_model_len", 0, f"0 {COUNT}"),
         ("services/prefill/data_parallel_size", "two", f"'two' {COUNT}"),
         (f"{P1}/tensor_parallel_size", -1, f"-1 {COUNT}"),

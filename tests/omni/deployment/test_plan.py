@@ -44,6 +44,8 @@ def test_one_prefill_one_decode(tmp_path: Path) -> None:
     assert value(decode, "--dtype") == "bfloat16"
     assert value(decode, "--tensor-parallel-size") == "1"
     assert value(decode, "--max-num-seqs") == "64"
+    assert value(decode, "--long-prefill-token-threshold") == "16"
+    assert "--long-prefill-token-threshold" not in prefill.command
     assert int(value(decode, "--shutdown-timeout")) > 0
     assert "--enforce-eager" in decode.command
     assert not [part for part in decode.command if part.startswith("--data-parallel")]
@@ -52,6 +54,7 @@ def test_one_prefill_one_decode(tmp_path: Path) -> None:
     assert proxy.command == (
         *(sys.executable, "-m", "services.global_proxy", "--host", "127.0.0.1", "--port", "7000"),
         *("--prefill", "http://127.0.0.1:9000", "--decode", "http://127.0.0.1:9500"),
+        *("--control-port", "7001", "--max-active-per-decode", "64"),
     )
     assert (proxy.kv_bytes, proxy.memory_bytes) == (0, int(0.2 * GIB))
 
@@ -262,6 +265,7 @@ def test_npu_ranks_get_their_devices(tmp_path: Path) -> None:
     zero, one, decode, _ = planned(tmp_path, data).processes
     assert [p.env["ASCEND_RT_VISIBLE_DEVICES"] for p in (zero, one, decode)] == ["0,1", "2,3", "7"]
     assert not {"--kv-cache-memory-bytes", "--enforce-eager", "--max-num-seqs"} & set(one.command)
+    assert value(decode, "--long-prefill-token-threshold") == "256"
     assert "VLLM_CPU_OMP_THREADS_BIND" not in one.env
     assert (one.kv_bytes, one.cpu_cores) == (0, ())
 
@@ -274,13 +278,14 @@ def test_cuda_engines_get_gpus_in_turn(tmp_path: Path) -> None:
 
 
 def test_users_arguments_and_environment(tmp_path: Path) -> None:
-    extra = ["--max-num-seqs", 8, "--no-enforce-eager", "--max_num_batched_tokens=512", "--swap-space", "-1"]
+    extra = ["--max-num-seqs", 8, "--no-enforce-eager", "--long_prefill_token_threshold=512", "--swap-space", "-1"]
     data = put(
         put(content(), "services/decode/extra_args", extra), "services/decode/env", {"OMP_WAIT_POLICY": "passive"}
     )
     decode = planned(tmp_path, data).processes[1]
     assert decode.command[-6:] == tuple(map(str, extra))
     assert decode.command.count("--max-num-seqs") == 1
+    assert "--long-prefill-token-threshold" not in decode.command
     assert "--enforce-eager" not in decode.command
     assert decode.env["OMP_WAIT_POLICY"] == "passive"
 

@@ -16,7 +16,14 @@ def test_the_table(tmp_path: Path) -> None:
     with console.capture() as capture:
         console.print(plan_table(planned(tmp_path, content())))
     text = capture.get()
-    for part in ("trial: smollm2 in bfloat16", "decode.group1.rank0", "http://127.0.0.1:9500", "logs/trial", "total"):
+    for part in (
+        "trial: smollm2 in bfloat16",
+        "decode.group1.rank0",
+        "http://127.0.0.1:9500",
+        "logs/trial",
+        "total",
+        "127.0.0.1:7001",
+    ):
         assert part in text
     assert text.count("any") == 1, "the engines have their cores"
     assert "4.71" in text, "the sum of the processes' memory"
@@ -26,6 +33,7 @@ def test_the_dictionary(tmp_path: Path) -> None:
     plan = planned(tmp_path, content(2))
     shown = json.loads(json.dumps(plan_as_dict(plan)))
     assert shown["name"] == "trial"
+    assert shown["control_addresses"] == ["127.0.0.1:7001"]
     assert [process["url"] for process in shown["processes"]][-1] == "http://127.0.0.1:7000"
     first = shown["processes"][0]
     assert first["command"] == list(plan.processes[0].command)
