@@ -5,7 +5,6 @@ that D never took: refused, unreachable, or the client left between the legs. Sh
 by itself after its time.
 """
 
-import time
 from collections.abc import Callable
 
 from services.global_proxy.observing.cells import Gauge
@@ -15,7 +14,6 @@ class OpenLease:
     """Settle it once: D has taken the request, or the lease is given up."""
 
     def __init__(self, ledger: "LeaseLedger", release: Callable[[], None]) -> None:
-        self.opened_s = time.monotonic()
         self._ledger = ledger
         self._release = release
 
@@ -45,12 +43,6 @@ class LeaseLedger:
         self._open.add(lease)
         self._gauge.inc()
         return lease
-
-    @property
-    def oldest_s(self) -> float:
-        """Age of the oldest; 0 if there is none."""
-        now_s = time.monotonic()
-        return now_s - min((lease.opened_s for lease in self._open), default=now_s)
 
     def _close(self, lease: OpenLease) -> bool:
         if lease not in self._open:

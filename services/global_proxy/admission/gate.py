@@ -55,7 +55,7 @@ class Gate:
         self._max_active = max_active_per_decode
         self._kv = KvBudget()
         self._looked_s = float("-inf")
-        self._limiter = RateLimiter(num_workers=table.num_workers)
+        self._limiter = RateLimiter(writer.buckets)
         elsewhere = self._elsewhere if table.num_workers > 1 else None
         self.queue = AdmissionQueue(max_active_per_decode, self._kv, settings, elsewhere)
 

@@ -1,10 +1,15 @@
 """How much each client may ask for: token buckets, of requests and of tokens, by the minute."""
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from services.global_proxy.admission.errors import RateLimitError
+from services.global_proxy.admission.shared_bucket import SharedBucket
+from services.global_proxy.membership.bucket_cells import NUM_BUCKETS, BucketCells
+
+logger = logging.getLogger(__name__)
 
 _MINUTE_S = 60.0
 
@@ -50,19 +55,31 @@ class _Bucket:
         self._level -= amount
 
 
-class RateLimiter:
-    """Per client, in this process: with N workers each has an N-th (`share`) of what a client is given.
+_AnyBucket = _Bucket | SharedBucket
+_Client = tuple[RateLimits, _AnyBucket | None, _AnyBucket | None]  # of requests, of tokens
 
-    Clients are forgotten, the least recently seen first, beyond `max_clients`: memory stays bounded.
+
+class RateLimiter:
+    """Per client. Limits that change count from now: their buckets are others.
+
+    Clients are forgotten, the least recently seen first, beyond `max_clients`: memory stays bounded. What workers share
+    is not forgotten with them. Where it has no room for one more bucket, each worker gives an N-th of the rate.
+
+    Args:
+        shared: with the proxy's other workers; None: there are none.
     """
 
     def __init__(
-        self, max_clients: int = 10_000, num_workers: int = 1, now_s: Callable[[], float] = time.monotonic
+        self,
+        shared: BucketCells | None = None,
+        max_clients: int = 10_000,
+        now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._max_clients = max_clients
-        self._num_workers = num_workers
+        self._shared = shared
         self._now_s = now_s
-        self._clients: dict[bytes, tuple[RateLimits, _Bucket | None, _Bucket | None]] = {}  # the latest seen last
+        self._clients: dict[bytes, _Client] = {}  # the latest seen last
+        self._is_full = False  # the shared memory, and it has been logged
 
     def take(self, client: bytes, limits: RateLimits, num_tokens: int) -> None:
         """Count a request of `num_tokens` (prompt and the most that may be generated).
@@ -75,7 +92,7 @@ class RateLimiter:
         now_s = self._now_s()
         known = self._clients.pop(client, None)
         if known is None or (known[0] is not limits and known[0] != limits):
-            known = self._new_client(limits, now_s)
+            known = self._new_client(client, limits, now_s)
         self._clients[client] = known
         _, requests, tokens = known
         if requests is not None and (wait_s := requests.wait_s(1, now_s)):
@@ -93,14 +110,24 @@ class RateLimiter:
         if known is not None and known[2] is not None:
             known[2].take(-num_tokens)
 
-    def _new_client(self, limits: RateLimits, now_s: float) -> tuple[RateLimits, _Bucket | None, _Bucket | None]:
+    def _new_client(self, client: bytes, limits: RateLimits, now_s: float) -> _Client:
         if len(self._clients) >= self._max_clients:
             del self._clients[next(iter(self._clients))]
         return (
             limits,
-            self._bucket(limits.requests_per_minute, now_s),
-            self._bucket(limits.tokens_per_minute, now_s),
+            self._bucket(b"requests", client, limits.requests_per_minute, now_s),
+            self._bucket(b"tokens", client, limits.tokens_per_minute, now_s),
         )
 
-    def _bucket(self, per_minute: int | None, now_s: float) -> _Bucket | None:
-        return None if per_minute is None else _Bucket(max(1, per_minute // self._num_workers), now_s)
+    def _bucket(self, what: bytes, client: bytes, per_minute: int | None, now_s: float) -> _AnyBucket | None:
+        if per_minute is None:
+            return None
+        if self._shared is None:
+            return _Bucket(per_minute, now_s)
+        cells = self._shared.of(b"%b %d %b" % (what, per_minute, client))
+        if cells is not None:
+            return SharedBucket(per_minute, cells, self._shared.worker)
+        if not self._is_full:
+            self._is_full = True
+            logger.warning("rate limits: beyond %d each worker gives its share: restart the proxy", NUM_BUCKETS)
+        return _Bucket(max(1, per_minute // self._shared.num_workers), now_s)

@@ -12,21 +12,23 @@ The memory has no name. It is made before the workers, which inherit it (`fd`), 
     verdicts (workers + 1) x slots  the latest that this worker says of an instance      written by that worker; the
                                                                                          last row by the registry
     reports  slots x 5              what an instance says of itself                      written by the registry
+    buckets  65536 x 2 x workers    rate limits, if there are several workers: see `bucket_cells`
 
-Cells are 64-bit integers at multiples of 8 bytes, which our processors (x86-64, AArch64) load and store whole.
+Cells are 64-bit integers, or floating-point numbers where they are buckets', at multiples of 8 bytes, which our
+processors (x86-64, AArch64) load and store whole.
 A verdict is one cell: its time in milliseconds in the high bits, for how long the instance is to be passed over in the
 low ones. So the newest of all workers is their maximum, and any worker may speak of any instance.
 """
 
 import mmap
 import os
+import struct
 import time
 from collections.abc import Callable
 from typing import Final, Self
 
-import numpy as np
-
-from services.global_proxy.membership.load_writer import DOWN_MASK, TURN_COLUMNS, VerdictWriter, Writer, down_until_s
+from services.global_proxy.membership.bucket_cells import BucketCells, num_bucket_cells
+from services.global_proxy.membership.load_writer import TURN_COLUMNS, VerdictWriter, Writer, down_until_s
 from services.global_proxy.membership.member import LoadReport, Role
 
 __all__ = ["DEFAULT_NUM_SLOTS", "LoadTable", "VerdictWriter", "Writer"]
@@ -74,7 +76,7 @@ class LoadTable:
         fd = os.memfd_create("omni_load_table")
         try:
             os.ftruncate(fd, _num_cells(num_workers, num_slots) * _CELL_BYTES)
-            os.pwrite(fd, np.array([_MAGIC, num_workers, num_slots], np.int64).tobytes(), 0)
+            os.pwrite(fd, struct.pack("=3q", _MAGIC, num_workers, num_slots), 0)
             return cls(fd, now_s)
         except BaseException:
             os.close(fd)
@@ -90,14 +92,13 @@ class LoadTable:
             rest = rest[num_rows * num_columns :]
             return rows
 
-        self._loads = np.frombuffer(rest[: 2 * workers * slots], np.int64).reshape(2, workers, slots)
         self._requests = take(workers, slots)
         self._tokens = take(workers, slots)
         self._leases = take(workers, slots)
         self._totals = take(workers, _TOTAL_CELLS)
-        self._all_verdicts = np.frombuffer(rest[: (workers + 1) * slots], np.int64).reshape(workers + 1, slots)
         self._verdicts = take(workers + 1, slots)
         self._reports = take(slots, _REPORT_CELLS)
+        self._buckets = rest
         self._only_requests = self._requests[0] if workers == 1 else None
         self._only_tokens = self._tokens[0] if workers == 1 else None
 
@@ -111,7 +112,14 @@ class LoadTable:
             self._totals[worker],
             self._verdicts[worker],
             self._now_s,
+            self._bucket_cells(worker),
         )
+
+    def _bucket_cells(self, worker: int) -> BucketCells | None:
+        if self.num_workers == 1:
+            return None
+        names_at = _num_cells(self.num_workers, self.num_slots) * _CELL_BYTES
+        return BucketCells(self._buckets.cast("B").cast("d"), self.num_workers, worker, self.fd, names_at)
 
     def requests(self, slot: int) -> int:
         """Requests in flight at an instance."""
@@ -132,11 +140,6 @@ class LoadTable:
         for row in self._tokens:
             total += row[slot]
         return total
-
-    def loads(self, num_slots: int) -> tuple[list[int], list[int]]:
-        """Requests and tokens of slots 0 to `num_slots` - 1 at once: cheaper than one by one from a few slots on."""
-        requests, tokens = self._loads[:, :, :num_slots].sum(axis=1).tolist()
-        return requests, tokens
 
     def leases(self, slot: int) -> int:
         """Prompts whose KV an instance keeps for others to read."""
@@ -169,13 +172,6 @@ class LoadTable:
             if verdict > newest:
                 newest = verdict
         return down_until_s(newest)
-
-    def all_down_until_s(self, num_slots: int) -> list[float]:
-        """The same of slots 0 to `num_slots` - 1 at once: cheaper than one by one from a few slots on."""
-        newest = self._all_verdicts[:, :num_slots].max(axis=0)
-        if not (newest & DOWN_MASK).any():
-            return [0.0] * num_slots
-        return [down_until_s(verdict) for verdict in newest.tolist()]
 
     def is_down(self, slot: int) -> bool:
         """Whether it is to be passed over now."""
@@ -218,7 +214,8 @@ class LoadTable:
     def clear_worker(self, worker: int) -> None:
         """Forget a dead worker's requests, once it has been reaped: its connections are closed, so they have ended.
 
-        Its verdicts hold until there are newer ones: the instances are no better for its death.
+        Its verdicts hold until there are newer ones: the instances are no better for its death. What it took of rate
+        limits stays taken: the next worker in its place goes on with these cells.
         """
         for row in (self._requests[worker], self._tokens[worker], self._leases[worker], self._totals[worker]):
             row[:] = memoryview(bytes(row.nbytes)).cast("q")
@@ -227,4 +224,5 @@ class LoadTable:
 def _num_cells(num_workers: int, num_slots: int) -> int:
     loads = 3 * num_workers * num_slots
     verdicts = (num_workers + 1) * num_slots
-    return _HEADER_CELLS + loads + _TOTAL_CELLS * num_workers + verdicts + _REPORT_CELLS * num_slots
+    reports = _REPORT_CELLS * num_slots
+    return _HEADER_CELLS + loads + _TOTAL_CELLS * num_workers + verdicts + reports + num_bucket_cells(num_workers)

@@ -3,17 +3,18 @@
 from collections.abc import Callable
 from typing import Final
 
+from services.global_proxy.membership.bucket_cells import BucketCells
 from services.global_proxy.membership.member import Role
 
 _DOWN_BITS: Final = 21
-DOWN_MASK: Final = (1 << _DOWN_BITS) - 1  # of a verdict: for how long the instance is down; all zero: it is up
+_DOWN_MASK: Final = (1 << _DOWN_BITS) - 1  # of a verdict: for how long the instance is down; all zero: it is up
 _DOWN_UNIT_MS: Final = 10  # so the longest is 5.8 hours
 TURN_COLUMNS: Final[dict[Role, int]] = {"prefill": 3, "decode": 4}  # of the totals
 
 
 def down_until_s(verdict: int) -> float:
     """Until when a verdict has an instance passed over, on the monotonic clock; 0: it is up."""
-    units = verdict & DOWN_MASK
+    units = verdict & _DOWN_MASK
     return ((verdict >> _DOWN_BITS) + units * _DOWN_UNIT_MS) / 1e3 if units else 0.0
 
 
@@ -28,7 +29,7 @@ class VerdictWriter:
 
     def set_down(self, slot: int, for_s: float) -> None:
         """Have every worker pass over an instance for `for_s` seconds (5.8 hours at most), or until a newer verdict."""
-        units = min(max(round(for_s * 1e3 / _DOWN_UNIT_MS), 1), DOWN_MASK)
+        units = min(max(round(for_s * 1e3 / _DOWN_UNIT_MS), 1), _DOWN_MASK)
         self._verdicts[slot] = int(self._now_s() * 1e3) << _DOWN_BITS | units
 
     def set_up(self, slot: int) -> None:
@@ -42,9 +43,13 @@ class VerdictWriter:
 
 
 class Writer(VerdictWriter):
-    """A worker's cells. Nobody else writes them, so reading a cell and then writing it loses nothing."""
+    """A worker's cells. Nobody else writes them, so reading a cell and then writing it loses nothing.
 
-    __slots__ = ("_leases", "_requests", "_tokens", "_totals")
+    Attributes:
+        buckets: of rate limits; None: there is one worker alone.
+    """
+
+    __slots__ = ("_leases", "_requests", "_tokens", "_totals", "buckets")
 
     def __init__(
         self,
@@ -54,8 +59,10 @@ class Writer(VerdictWriter):
         totals: memoryview,
         verdicts: memoryview,
         now_s: Callable[[], float],
+        buckets: BucketCells | None,
     ) -> None:
         super().__init__(verdicts, now_s)
+        self.buckets = buckets
         self._requests = requests
         self._tokens = tokens
         self._leases = leases

@@ -60,12 +60,10 @@ class KvEventIndex:
 
     Attributes:
         version: changes with every change.
-        num_unplaced: blocks stored that could not be placed: their parent is not known, or there are too many.
     """
 
     def __init__(self, max_blocks: int = MAX_BLOCKS) -> None:
         self.version = 0
-        self.num_unplaced = 0
         self._max_blocks = max_blocks
         self._engines: dict[str, _Engine] = {}
         self._names: dict[int, str] = {}  # by bit
@@ -174,7 +172,6 @@ class KvEventIndex:
             return
         hashes, extra_keys = event.block_hashes, event.extra_keys
         if len(event.token_ids) != len(hashes) * event.block_size or (extra_keys and len(extra_keys) != len(hashes)):
-            self.num_unplaced += len(hashes)
             return
         parent = event.parent_block_hash
         key = event.block_size if parent is None else engine.keys.get(parent)
@@ -185,9 +182,7 @@ class KvEventIndex:
             if known is not None:
                 engine.num_copies[block_hash] = engine.num_copies.get(block_hash, 1) + 1
                 key = known
-            elif key is None or len(engine.keys) >= self._max_blocks:
-                self.num_unplaced += 1
-            else:
+            elif key is not None and len(engine.keys) < self._max_blocks:
                 tokens = token_ids[index * width : (index + 1) * width]
                 extra = extra_keys[index] if extra_keys else None
                 key = hash((key, tokens)) if extra is None else hash((key, tokens, event.lora_name, _encode(extra)))

@@ -31,8 +31,7 @@ class Subscriber:
     """One engine. `run` it as a task, and cancel that.
 
     Attributes:
-        num_gaps: how often batches were missing.
-        num_losses: how often they could not be had, or made no sense.
+        num_losses: how often batches were missing that could not be had, or made no sense.
     """
 
     def __init__(
@@ -43,7 +42,6 @@ class Subscriber:
         context: "zmq.Context[zmq.Socket[bytes]]",
         replay_timeout_s: float = REPLAY_TIMEOUT_S,
     ) -> None:
-        self.num_gaps = 0
         self.num_losses = 0
         self._name = name
         self._endpoints = endpoints
@@ -99,7 +97,6 @@ class Subscriber:
             return
         number = int.from_bytes(frames[1], "big")
         if number > self._next:
-            self.num_gaps += 1
             await self._catch_up()
             if number > self._next:
                 self._lose(f"batches {self._next} to {number - 1} are gone")

@@ -40,11 +40,3 @@ def test_one_that_has_been_read_is_left_to_its_reader(ledger: Ledger) -> None:
     lease.give_up()
     assert ledger.released == []
     assert ledger.num_open == (0, 0.0)
-
-
-def test_the_oldest(ledger: Ledger) -> None:
-    assert ledger.ledger.oldest_s == 0
-    lease = ledger.ledger.open(lambda: None)
-    lease.opened_s -= 100
-    ledger.ledger.open(lambda: None)
-    assert ledger.ledger.oldest_s >= 100

@@ -31,9 +31,9 @@ def prompt(num_tokens: int = 10, max_new_tokens: int = 10) -> Prompt:
     return Prompt(num_tokens, max_new_tokens, None, b"")
 
 
-def make_gate(table: LoadTable, num_decode: int = 1, max_active: int = 4, **queueing: float) -> Gate:
+def make_gate(table: LoadTable, num_decode: int = 1, max_active: int = 4, worker: int = 0, **queueing: float) -> Gate:
     """Of a proxy that has so many Ds, and gives each 1.25 times `max_active`."""
-    metrics, writer = Metrics(), table.writer(0)
+    metrics, writer = Metrics(), table.writer(worker)
     pool = Pool("decode", RoundRobin(), table)
     instances = []
     for slot in range(num_decode):
@@ -120,6 +120,20 @@ async def test_a_key_beyond_its_rate(table: LoadTable) -> None:
     gate.charge(None, prompt())
     with pytest.raises(RateLimitError):
         gate.charge(key, prompt())
+
+
+async def test_two_workers_have_one_rate_and_one_limit() -> None:
+    table = LoadTable.create(num_workers=2)
+    gates = [make_gate(table, worker=worker) for worker in range(2)]
+    key = ApiKey("alice", b"", b"", RateLimits(requests_per_minute=2))
+    for gate in gates:
+        gate.charge(key, prompt())
+    for gate in gates:
+        with pytest.raises(RateLimitError):
+            gate.charge(key, prompt())
+    assert gates[0].try_enter(prompt()) is not None
+    assert [fill(gate) for gate in reversed(gates)] == [4, 0]
+    table.close()
 
 
 async def test_a_client_cannot_put_itself_before_others(table: LoadTable) -> None:

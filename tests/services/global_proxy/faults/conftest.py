@@ -27,11 +27,11 @@ class Fault:
     def happens_now(self) -> None:
         self.began_s, self._began_wall_s = time.monotonic(), time.time()
 
-    def noticed_s(self, *words: str) -> float:
-        """When the log said so; it must have done so once."""
+    def noticed_s(self, *words: str, num_workers: int = 1) -> float:
+        """When the log said so first; every worker must have done so once."""
         lines = self.proxy.log_lines(*words)
-        assert len(lines) == 1, lines
-        return seconds_of(lines[0]) - self._began_wall_s
+        assert len(lines) == num_workers, lines
+        return min(map(seconds_of, lines)) - self._began_wall_s
 
     def report(self, row: str, noticed_s: float | None = None) -> None:
         noticed = "-" if noticed_s is None else f"{max(noticed_s, 0):.2f} s"
@@ -69,6 +69,7 @@ class Fleet:
         proxy = ProxyProcess(self.free_port(), told, self.folder, *usual, *options, **environment)
         self.proxies.append(proxy)
         await proxy.start()
+        await proxy.each_is_ready()
         return proxy
 
     @asynccontextmanager

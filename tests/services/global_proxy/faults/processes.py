@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 import aiohttp
 
-from omni.process import parent_environment
+from omni.process import parent_environment, start_ticks
 from tests.standins.fast_engine import Knobs
 
 _START_S = 60
@@ -33,6 +33,18 @@ async def until(condition: Callable[[], Awaitable[bool] | bool], what: str, limi
             return
         assert time.monotonic() < end_s, f"not within {limit_s:g} s: {what}"
         await asyncio.sleep(0.02)
+
+
+@contextmanager
+def stopped(*pids: int) -> Iterator[None]:
+    """SIGSTOP; SIGCONT at the end."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
 
 
 class ServerProcess:
@@ -102,14 +114,9 @@ class EngineProcess(ServerProcess):
         async with asyncio.timeout(_START_S):
             self.port = int(await self.process.stdout.readline())
 
-    @contextmanager
-    def stopped(self) -> Iterator[None]:
+    def stopped(self) -> AbstractContextManager[None]:
         """SIGSTOP; SIGCONT at the end."""
-        os.kill(self.pid, signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            os.kill(self.pid, signal.SIGCONT)
+        return stopped(self.pid)
 
     async def set(self, **knobs: Any) -> None:
         assert (await self.call("POST", "/standin/knobs", asdict(Knobs(**knobs))))[0] == 200
@@ -153,7 +160,20 @@ class ProxyProcess(ServerProcess):
 
     @property
     def num_fds(self) -> int:
-        return len(os.listdir(f"/proc/{self.pid}/fd"))
+        """With those of its workers."""
+        return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in (self.pid, *self.workers()))
+
+    def workers(self) -> list[int]:
+        """Their pids; one worker is the proxy itself, and is not among them."""
+        pids = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        return [pid for pid in map(int, pids) if start_ticks(pid) is not None]
+
+    async def each_is_ready(self) -> None:
+        """Until every worker has looked at all instances: while the others are stopped, it answers."""
+        workers = self.workers()
+        for worker in workers:
+            with stopped(*(pid for pid in workers if pid != worker)):
+                await until(self.is_ready, f"worker {worker} is ready", _START_S)
 
     async def metrics(self) -> dict[str, float]:
         """By name and labels as Prometheus writes them, with the prefix left out."""

@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+import pytest
+
 from tests.services.global_proxy.faults.conftest import Fleet
 from tests.services.global_proxy.faults.processes import EngineProcess, ProxyProcess, until
 from tests.standins.fast_engine import BACKLOG
@@ -13,9 +15,12 @@ from tests.standins.fast_engine import BACKLOG
 _SHORT_S = 1.0  # one health check of these proxies misses its 0.6 s
 _WINDOW_S = 3 * (0.2 + 0.6)  # three do
 
+with_workers = pytest.mark.parametrize("num_workers", [1, 2], ids=["1 worker", "2 workers"])
 
-async def test_a_short_stop_aborts_no_request(fleet: Fleet) -> None:
-    proxy = await fleet.start_proxy()
+
+@with_workers
+async def test_a_short_stop_aborts_no_request(fleet: Fleet, num_workers: int) -> None:
+    proxy = await fleet.start_proxy("--workers", str(num_workers))
     async with fleet.under_load(proxy) as fault:
         fault.happens_now()
         with fleet.prefill[0].stopped(), fleet.decode[0].stopped():
@@ -27,12 +32,13 @@ async def test_a_short_stop_aborts_no_request(fleet: Fleet) -> None:
             assert await proxy.of(engine, "instance_up") == 1
         assert await proxy.metric("retries_total") == 0
         assert not proxy.log_lines("unhealthy") + proxy.log_lines("ejected")
-        fault.report(f"6: SIGSTOP of a P and a D, {_SHORT_S:g} s")
+        fault.report(f"6: SIGSTOP of a P and a D, {_SHORT_S:g} s, workers: {num_workers}")
 
 
-async def test_a_long_stop_ejects_until_it_is_over(fleet: Fleet) -> None:
+@with_workers
+async def test_a_long_stop_ejects_until_it_is_over(fleet: Fleet, num_workers: int) -> None:
     """What was in flight there is done by others; what the stopped ones still do is nobody's answer."""
-    proxy = await fleet.start_proxy()
+    proxy = await fleet.start_proxy("--workers", str(num_workers))
     victims = (fleet.prefill[0], fleet.decode[0])
     async with fleet.under_load(proxy) as fault:
         for victim in victims:
@@ -49,10 +55,10 @@ async def test_a_long_stop_ejects_until_it_is_over(fleet: Fleet) -> None:
         for victim in victims:
             assert await victim.seen("aborted")
             assert await proxy.of(victim, "upstream_failures_total", reason="died") >= 1
-            noticed_s = fault.noticed_s(victim.name, "is unhealthy")
+            noticed_s = fault.noticed_s(victim.name, "is unhealthy", num_workers=num_workers)
             assert noticed_s < _WINDOW_S + 5
-            fault.noticed_s(victim.name, "is healthy again")
-        fault.report("7: SIGSTOP of a P and a D, longer", noticed_s)
+            fault.noticed_s(victim.name, "is healthy again", num_workers=num_workers)
+        fault.report(f"7: SIGSTOP of a P and a D, longer, workers: {num_workers}", noticed_s)
 
 
 async def test_a_cut_connection_is_noticed_by_connecting(fleet: Fleet) -> None:

@@ -67,7 +67,6 @@ def test_sums_are_exact_and_a_killed_workers_counts_vanish() -> None:
         expected = [4 * (slot + 1) for slot in range(NUM_SLOTS)]
         assert [table.requests(slot) for slot in range(NUM_SLOTS)] == expected
         assert [table.tokens(slot) for slot in range(NUM_SLOTS)] == [10 * count for count in expected]
-        assert table.loads(NUM_SLOTS) == (expected, [10 * count for count in expected])
         assert table.num_in_flight() == sum(expected)
         assert table.requests(NUM_SLOTS) == 0
 
@@ -75,7 +74,8 @@ def test_sums_are_exact_and_a_killed_workers_counts_vanish() -> None:
         processes[1].wait(timeout=20)
         table.clear_worker(1)
         expected = [3 * (slot + 1) for slot in range(NUM_SLOTS)]
-        assert table.loads(NUM_SLOTS) == (expected, [10 * count for count in expected])
+        assert [table.requests(slot) for slot in range(NUM_SLOTS)] == expected
+        assert [table.tokens(slot) for slot in range(NUM_SLOTS)] == [10 * count for count in expected]
         assert table.num_in_flight() == sum(expected)
     table.close()
 
@@ -86,9 +86,7 @@ async def test_a_reader_never_sees_more_than_there_is() -> None:
     with hammering(table) as processes:
         await until(lambda: table.requests(NUM_SLOTS - 1) > 0)
         seen = [table.requests(slot) for _ in range(2000) for slot in range(NUM_SLOTS)]
-        bulk = [table.loads(NUM_SLOTS)[0] for _ in range(2000)]
         assert all(0 <= count <= 4 * (index % NUM_SLOTS + 2) for index, count in enumerate(seen))
-        assert all(0 <= count <= 4 * (slot + 2) for counts in bulk for slot, count in enumerate(counts))
         for process in processes:
             wait_until_done(process)
     table.close()
@@ -139,11 +137,11 @@ def test_the_newest_verdict_holds_whoever_gave_it() -> None:
     first.set_down(0, 5.0)
     assert table.is_down(0)
     assert table.down_until_s(0) == pytest.approx(1005.0)
-    assert table.all_down_until_s(2) == [pytest.approx(1005.0), 0.0]
+    assert table.down_until_s(1) == 0.0
     clock.now_s += 1
     second.set_up(0)
     assert not table.is_down(0)
-    assert table.all_down_until_s(2) == [0.0, 0.0]
+    assert table.down_until_s(0) == 0.0
     clock.now_s += 1
     first.set_down(0, 1e9)
     clock.now_s += 1

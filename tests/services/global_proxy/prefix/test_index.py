@@ -73,10 +73,9 @@ def test_blocks_that_cannot_be_placed_are_not_assumed() -> None:
     index = index_of("a")
     index.apply("a", [stored(TEXT, first=1), removed(TEXT[:4])])
     assert index.cached_tokens(packed(TEXT)) == {}
-    assert index.num_unplaced == 2
     too_short = BlockStored([block_hash(TEXT[:2])], None, [1], 2, "GPU", group_idx=0)
     index.apply("a", [too_short])
-    assert index.num_unplaced == 3
+    assert index.num_blocks("a") == 0
 
 
 @pytest.mark.parametrize(
@@ -109,7 +108,7 @@ def test_keys_of_each_block() -> None:
     assert index.cached_tokens(packed(TEXT)) == {"a": 2}
     index.apply("a", [stored((8, 9), extra_keys=[None, None])])
     assert index.cached_tokens(packed((8, 9, 0))) == {}
-    assert index.num_unplaced == 1
+    assert index.num_blocks("a") == 3
 
 
 def test_removals_elsewhere_do_not_count() -> None:
@@ -209,4 +208,3 @@ def test_against_a_plain_count_of_blocks() -> None:
         prompt = (*(source.randrange(2) for _ in range(8)), 0)
         expected = {name: has(name, prompt) for name in names if has(name, prompt)}
         assert index.cached_tokens(packed(prompt)) == expected
-    assert index.num_unplaced == 0
