@@ -70,11 +70,16 @@ def vllm_router() -> str | None:
     return shutil.which("vllm-router", path=str(Path(sys.executable).parent)) or find_program("vllm-router")
 
 
-def vllm_router_command(port: int, prefill_url: str, decode_url: str) -> list[str]:
-    """Before one P and one D with vLLM's NixlConnector."""
+def vllm_router_command(port: int, prefill_url: str, decode_url: str, *, at_its_fastest: bool = True) -> list[str]:
+    """Before one P and one D with vLLM's NixlConnector.
+
+    Args:
+        at_its_fastest: by turns and without a log; False: its defaults, which look at prompts and log requests.
+    """
+    fastest = ("--policy", "round_robin", "--log-level", "warning") if at_its_fastest else ()
     return [
         vllm_router() or "vllm-router",
-        *("--vllm-pd-disaggregation", "--kv-connector", "nixl", "--policy", "round_robin", "--log-level", "warning"),
+        *("--vllm-pd-disaggregation", "--kv-connector", "nixl", *fastest),
         *("--prefill", prefill_url, "--decode", decode_url),
         *("--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(free_port())),
         *("--worker-startup-check-interval", "1", "--worker-startup-timeout-secs", "60"),

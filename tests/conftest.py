@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-# Some tests fork this process, as the engine host does, which never has gRPC loaded. In here other tests have loaded it,
+# Some tests fork this process, as the engine host does, which never has gRPC loaded. Here other tests have loaded it,
 # and it would start its threads anew in the child, on descriptors that the child has closed.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 

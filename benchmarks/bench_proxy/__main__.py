@@ -22,7 +22,7 @@ from benchmarks.bench_proxy.measure import is_possible
 from benchmarks.bench_proxy.processes import BenchmarkError, build
 from benchmarks.bench_proxy.results import Results
 from benchmarks.bench_proxy.run import Plan, run
-from benchmarks.bench_proxy.subjects import Direct, Nginx, Ours, Subject, VllmRouter
+from benchmarks.bench_proxy.subjects import Direct, Nginx, Ours, Subject, VllmRouter, VllmRouterAsItIs
 
 PINNINGS = ("pinned", "free")
 _PINNED_S, _FREE_S = 160.0, 45.0  # then no other round begins: each takes a minute, or half of one
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    names = [kind.name for kind in (Ours, VllmRouter, Nginx, Direct)]
+    names = [kind.name for kind in (Ours, VllmRouter, VllmRouterAsItIs, Nginx, Direct)]
     parser.add_argument("--json", type=Path, default=_OUTPUT / "bench_proxy.json", metavar="FILE")
     parser.add_argument("--png", type=Path, default=_OUTPUT / "bench_proxy.png", metavar="FILE")
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _subjects(options: argparse.Namespace) -> list[Subject]:
-    everyone: list[Subject] = [Ours(options.arguments), VllmRouter(), Nginx(), Direct()]
+    everyone: list[Subject] = [Ours(options.arguments), VllmRouter(), VllmRouterAsItIs(), Nginx(), Direct()]
     subjects = []
     for subject in everyone:
         if subject.name not in options.only:

@@ -14,7 +14,13 @@ _PANELS = (  # title, the figures as bars beside one another, their names
     ("added latency, one request at a time, µs", ("added_p50_us", "added_p99_us"), ("p50", "p99")),
     ("memory a stream, KB", ("paced_rss_kb",), ("many streams",)),
 )
-_COLOURS = {"ours": "tab:blue", "vllm-router": "tab:orange", "nginx": "tab:grey", "direct": "lightgrey"}
+_COLOURS = {
+    "ours": "tab:blue",
+    "vllm-router": "tab:orange",
+    "router-as-is": "peachpuff",
+    "nginx": "tab:grey",
+    "direct": "lightgrey",
+}
 
 
 def draw(by_pinning: Mapping[str, Results], path: Path) -> None:

@@ -67,7 +67,10 @@ class Ours(Subject):
 
 
 class VllmRouter(Subject):
+    """At its fastest: by turns, without a log. Ours keeps its default policies and logs every request."""
+
     name = "vllm-router"
+    at_its_fastest = True
 
     def missing(self) -> str | None:
         return None if vllm_router() else "its Python package is not installed: make install"
@@ -76,7 +79,14 @@ class VllmRouter(Subject):
         return importlib.metadata.version("vllm-router")
 
     def command(self, port: int, engines: Engines, folder: Path) -> list[str]:
-        return vllm_router_command(port, engines.prefill_url, engines.decode_url)
+        return vllm_router_command(port, engines.prefill_url, engines.decode_url, at_its_fastest=self.at_its_fastest)
+
+
+class VllmRouterAsItIs(VllmRouter):
+    """With its defaults."""
+
+    name = "router-as-is"
+    at_its_fastest = False
 
 
 class Nginx(Subject):

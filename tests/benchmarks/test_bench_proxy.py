@@ -17,7 +17,7 @@ from benchmarks.bench_proxy.cases import Case, Latency, Paced, Throughput, body_
 from benchmarks.bench_proxy.processes import BenchmarkError, Process, build, find_program, on_cores
 from benchmarks.bench_proxy.results import GOALS, Result, add_latencies, ratio
 from benchmarks.bench_proxy.run import Plan, answers, run, start, start_engines
-from benchmarks.bench_proxy.subjects import Direct, Engines, Nginx, Ours, Subject, VllmRouter
+from benchmarks.bench_proxy.subjects import Direct, Engines, Nginx, Ours, Subject, VllmRouter, VllmRouterAsItIs
 
 pytestmark = pytest.mark.skipif(find_program("gcc") is None, reason="needs gcc: make system-deps")
 
@@ -67,7 +67,9 @@ def stack() -> Iterator[contextlib.ExitStack]:
 
 
 class TestRun:
-    @pytest.mark.parametrize("subject", [Ours(), VllmRouter(), Nginx(), Direct()], ids=lambda subject: subject.name)
+    @pytest.mark.parametrize(
+        "subject", [Ours(), VllmRouter(), VllmRouterAsItIs(), Nginx(), Direct()], ids=lambda subject: subject.name
+    )
     def test_every_case_of_every_subject(self, subject: Subject, plan: Plan) -> None:
         if why := subject.missing():
             pytest.skip(why)

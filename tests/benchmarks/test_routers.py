@@ -47,3 +47,5 @@ def test_vllm_router_knows_its_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     options = dict(zip(command[2::2], command[3::2], strict=True))
     assert options.items() >= {"--prefill": "http://p", "--decode": "http://d", "--port": "5"}.items()
     assert options["--prometheus-port"] not in ("", "0", "5")
+    assert options["--policy"] == "round_robin"
+    assert "--policy" not in routers.vllm_router_command(5, "http://p", "http://d", at_its_fastest=False)
