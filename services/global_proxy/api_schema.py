@@ -57,7 +57,8 @@ _CONTINUABLE: Final[Json] = {
 _ERROR: Final[Json] = {
     "description": (
         "400: the body; 401: the API key; 404, 405: the route; 408, 413, 431: too slow or too large; 429: over the"
-        " key's rates; 502, 503, 504: no instance could do it. An instance's own errors come as it gave them."
+        " key's rates; 502, 503, 504: no instance could do it. An instance's own 4xx come as it gave them, its 5xx in"
+        " fixed words."
     ),
     "headers": {"retry-after": _RETRY_AFTER},
     "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
@@ -177,8 +178,12 @@ def _completion(path: str) -> Json:
 
 
 def _relayed(path: str, method: str) -> Json:
-    answer = {"description": "One instance's answer, as it gave it.", "content": _ENGINE_JSON}
-    operation: Json = {"tags": ["openai"], "responses": {"200": answer}}
+    answer = {
+        "description": "One instance's answer, as it gave it.",
+        "headers": {"x-request-id": _REQUEST_ID | {"required": True}},
+        "content": _ENGINE_JSON,
+    }
+    operation: Json = {"tags": ["openai"], "parameters": _REQUEST_HEADERS[:1], "responses": {"200": answer}}
     if method == "POST":
         operation["requestBody"] = _body(path)
     return operation

@@ -4,6 +4,7 @@ RequestEndedError
 ├── ClientGoneError             the client hung up: there is nobody to answer
 └── ProxyError                  answered in OpenAI's shape, with `status` and `kind`
     ├── InvalidRequestError     400
+    │   └── BodyTooLargeError   413
     ├── DeadlineError           504
     ├── DrainingError           503   the proxy is stopping
     ├── NoInstanceError         503   none of a role is there to be asked
@@ -11,7 +12,7 @@ RequestEndedError
         ├── UnreachableError    503   no connection was ever made: nothing ran there
         ├── DiedError           502   the connection broke
         ├── NonsenseError       502   the answer makes no sense
-        └── EngineStatusError         the engine's own 5xx, which is the client's answer if nobody does better
+        └── EngineStatusError         the engine's own 5xx: told in our words (engine_failure.py) if nobody does better
 """
 
 from typing import TYPE_CHECKING, ClassVar
@@ -50,6 +51,11 @@ class ProxyError(RequestEndedError):
 class InvalidRequestError(ProxyError):
     status = 400
     kind = "BadRequestError"
+
+
+class BodyTooLargeError(InvalidRequestError):
+    status = 413
+    kind = "RequestTooLargeError"
 
 
 class DeadlineError(ProxyError):

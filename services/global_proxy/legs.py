@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import msgspec
 
 from services.global_proxy.call import Call
-from services.global_proxy.error_events import error_at, is_lost
+from services.global_proxy.error_events import error_at, loss_in
 from services.global_proxy.errors import (
     DiedError,
     EngineStatusError,
@@ -222,10 +222,10 @@ class Legs:
             trace.end(error=error.reason if isinstance(error, UpstreamError) else "aborted")
             leg.close()
             raise
-        if answer.head.is_stream and is_lost(answer.body):
+        if answer.head.is_stream and (loss := loss_in(answer.body)) is not None:
             trace.end(status=answer.head.status, error="died")
             leg.close()
-            instance.failed(DiedError.reason, "its engine has failed")
+            instance.failed(DiedError.reason, f"its engine has failed: {loss!r}")
             raise DiedError(instance)
         if not answer.head.is_stream:
             instance.succeeded()

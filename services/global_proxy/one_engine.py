@@ -1,10 +1,9 @@
 """Requests that one engine answers alone: what it is, and what needs no KV."""
 
 import asyncio
-import uuid
 from functools import partial
 
-from services.global_proxy.errors import DeadlineError, EngineStatusError, NoInstanceError, ProxyError, UpstreamError
+from services.global_proxy.errors import DeadlineError, NoInstanceError, ProxyError, UpstreamError
 from services.global_proxy.http.client_request import ClientRequest
 from services.global_proxy.http.engine_connection import EngineAnswer
 from services.global_proxy.http.reply import Reply
@@ -23,8 +22,11 @@ class OneEngine:
         self._members = members
         self._max_n = max_n
 
-    async def serve(self, request: ClientRequest, reply: Reply) -> None:
+    async def serve(self, request: ClientRequest, reply: Reply, request_id: str) -> None:
         """Give the client an engine's own answer; the next one's if one fails.
+
+        Args:
+            request_id: ours, for the engines: two clients' own may be the same.
 
         Raises:
             InvalidRequestError: what it asks for.
@@ -37,9 +39,7 @@ class OneEngine:
         body = parse_body(request.body, self._max_n).plain_json if request.method == "POST" else b""
         try:
             async with asyncio.timeout(_TIMEOUT_S):
-                answer = await self._ask_one_after_the_other(request, _lines(request), body)
-        except EngineStatusError as failure:
-            answer = failure.answer
+                answer = await self._ask_one_after_the_other(request, _lines(request, request_id), body)
         except TimeoutError:
             raise DeadlineError(f"No instance answered in {_TIMEOUT_S:g} s") from None
         reply.whole(answer.head.status, answer.head.content_type, answer.body)
@@ -75,9 +75,9 @@ async def _ask(instance: Instance, request: ClientRequest, lines: bytes, body: b
     return answer
 
 
-def _lines(request: ClientRequest) -> bytes:
-    """An id of our own: engines' requests must not collide. The door has taken keys of ours away."""
-    lines = b"x-request-id: %b\r\n" % uuid.uuid4().hex.encode()
+def _lines(request: ClientRequest, request_id: str) -> bytes:
+    """The door has taken keys of ours away."""
+    lines = b"x-request-id: %b\r\n" % request_id.encode()
     if request.body:
         lines += b"content-type: application/json\r\n"
     authorization = request.headers.get(b"authorization")

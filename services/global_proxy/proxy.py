@@ -13,7 +13,8 @@ from services.global_proxy.admission.gate import Gate
 from services.global_proxy.admission.queue import QueueSettings
 from services.global_proxy.app import make_app
 from services.global_proxy.door import Door, turn_away
-from services.global_proxy.errors import ProxyError
+from services.global_proxy.engine_failure import as_our_own
+from services.global_proxy.errors import EngineStatusError, ProxyError
 from services.global_proxy.http.asgi import serve_asgi
 from services.global_proxy.http.client_request import ClientRequest
 from services.global_proxy.http.reply import Reply
@@ -36,7 +37,6 @@ from services.global_proxy.replay.continuer import Continuer
 from services.global_proxy.request_scope import InFlight
 from services.global_proxy.retries import RetryBudget
 from services.global_proxy.security.api_keys import ApiKeys
-from services.global_proxy.security.routes import Kind
 from services.global_proxy.serving import Parts, Serving, new_id
 from services.global_proxy.settings import Settings
 from services.global_proxy.settling import CLIENT_GONE_STATUS
@@ -46,10 +46,11 @@ from services.global_proxy.ways.choice import make_way
 logger = logging.getLogger(__name__)
 
 _BYTES_PER_TOKEN = 4  # a guess, for what goes to one engine alone
+_MAX_CLIENT_ID_BYTES = 256
 
 
 class Proxy:
-    """`async with Proxy(...) as proxy:` inside an event loop; then `serve` requests.
+    """`async with Proxy(...) as proxy:` inside an event loop; then `look` at requests' heads, and `serve` requests.
 
     Args:
         key: the deployment key: signs our own hand-offs and makes the admin API's token.
@@ -73,6 +74,7 @@ class Proxy:
         self.table = table
         self.metrics = Metrics(cells, worker, table.num_slots)
         self._door = Door(None if settings.api_keys_file is None else ApiKeys(settings.api_keys_file))
+        self.look = self._door.look
         self._tracing = TracingSettings(endpoint=settings.otlp_endpoint, sample_ratio=settings.trace_sample_ratio)
         self._key = key
         self._registry = registry
@@ -128,24 +130,39 @@ class Proxy:
 
     async def serve(self, request: ClientRequest, reply: Reply) -> None:
         """Answer one request."""
-        kind: Kind | None = None
+        if request.entry is None and request.turned_away is None:
+            self._door.look(request)
+        entry = request.entry
+        if entry is not None and entry[0].kind == "completion":
+            await self._serving.serve(request, reply, entry[1])  # which answers, counts and logs whatever happens
+        else:
+            await self._serve_other(request, reply)
+
+    async def _serve_other(self, request: ClientRequest, reply: Reply) -> None:
+        """What is no completion, and what the door turned away. What monitors ask for is not logged."""
+        client_id = request.headers.get(b"x-request-id")
+        record = RequestRecord(id=new_id(), path=request.path)
+        record.client_id = None if client_id is None else client_id[:_MAX_CLIENT_ID_BYTES].decode("latin-1")
+        reply.headers.append((b"x-request-id", client_id or record.id.encode()))
+        is_logged = False
         error: BaseException | None = None
         try:
-            route, key = self._door.enter(request)
-            kind = route.kind
-            if kind == "completion":
-                await self._serving.serve(request, reply, key)  # which answers, counts and logs whatever happens
-                return
-            if kind == "decode":
+            if request.turned_away is not None:
+                raise request.turned_away
+            assert request.entry is not None, "whoever is not turned away is let in"
+            route, key = request.entry
+            if route.kind == "decode":
+                is_logged = True
+                record.key = None if key is None else key.name
                 self._gate.charge(key, Prompt(len(request.body) // _BYTES_PER_TOKEN, 0, None, b""))
-                await self._one_engine.serve(request, reply)
+                await self._one_engine.serve(request, reply, record.id)
             else:
                 await serve_asgi(self.app, request, reply)
         except ProxyError as refusal:
             error = refusal
             if (reason := reason_of(refusal)) is not None:
                 self.metrics.refused.labels(reason).inc()
-            turn_away(refusal, reply)
+            turn_away(as_our_own(refusal, record.id) if isinstance(refusal, EngineStatusError) else refusal, reply)
         except asyncio.CancelledError as gone:
             error = gone
         except Exception as mistake:
@@ -153,13 +170,8 @@ class Proxy:
             logger.exception("a mistake of ours")
             if reply.status is None:
                 turn_away(ProxyError("Internal error"), reply)
-        self._note(request, reply, error, is_logged=kind == "decode" or error is not None)
-
-    def _note(self, request: ClientRequest, reply: Reply, error: BaseException | None, is_logged: bool) -> None:
-        """Count a request that is no completion; what monitors ask for is not logged."""
-        status = reply.status or CLIENT_GONE_STATUS
-        self.metrics.requests.labels(request.path, status).inc()
-        if is_logged:
-            record = RequestRecord(id=new_id(), path=request.path, status=status, bytes=reply.num_bytes)
+        record.status, record.bytes = reply.status or CLIENT_GONE_STATUS, reply.num_bytes
+        self.metrics.requests.labels(record.path, record.status).inc()
+        if is_logged or error is not None:
             record.error = None if error is None else type(error).__name__
             self._request_log.add(record)

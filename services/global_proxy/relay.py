@@ -2,7 +2,7 @@
 
 import time
 
-from services.global_proxy.error_events import is_lost
+from services.global_proxy.error_events import loss_in
 from services.global_proxy.http.framing import FramingError
 from services.global_proxy.http.reply import Reply
 from services.global_proxy.observing.cells import Histogram
@@ -27,8 +27,8 @@ class StreamRelay:
     def take(self, data: bytes, done: bool) -> None:
         """Raises FramingError: D says that it has failed. Its api server outlives its engine for a moment."""
         self._time()
-        if _ERROR in data and is_lost(data):
-            raise FramingError("the engine failed in the middle of a stream")
+        if _ERROR in data and (loss := loss_in(data)) is not None:
+            raise FramingError(f"the engine failed in the middle of a stream: {loss!r}")
         self._reply.take(data, done)
 
     @property

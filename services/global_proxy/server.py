@@ -6,6 +6,7 @@ import ssl
 from collections.abc import Callable
 from typing import Self
 
+from services.global_proxy.http.body_budget import BodyBudget
 from services.global_proxy.http.client_connection import ClientConnection, ConnectionLimits
 from services.global_proxy.http.listener import Listener
 from services.global_proxy.proxy import Proxy
@@ -37,6 +38,7 @@ class ProxyServer:
         self._count = count
         self._connections: set[ClientConnection] = set()
         settings = proxy.settings
+        self._bodies = BodyBudget(settings.max_body_bytes_total)
         self._limits = ConnectionLimits(
             max_body_bytes=settings.max_body_bytes,
             body_timeout_s=settings.body_timeout_s,
@@ -66,4 +68,5 @@ class ProxyServer:
 
     def _make_connection(self) -> ClientConnection:
         refused = self._proxy.metrics.refused.labels("invalid")
-        return ClientConnection(self._proxy.serve, self._limits, self._connections, refused.inc)
+        proxy = self._proxy
+        return ClientConnection(proxy.serve, self._limits, self._connections, refused.inc, proxy.look, self._bodies)

@@ -71,6 +71,7 @@ class Settings:
     health_timeout_s: float = 5.0  # for one answer: an engine that waits for a core is late, not dead
     health_misses: int = 3  # so many in a row make an instance unhealthy
     max_body_bytes: int = 16 * 1024 * 1024
+    max_body_bytes_total: int = 1024 * 1024 * 1024  # of all requests that are not yet answered, in each worker
     max_n: int = 128  # OpenAI's own limit on `n`
 
     def __post_init__(self) -> None:
@@ -94,6 +95,9 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}: must be {least} or more, got {value}")
+        if self.max_body_bytes_total < self.max_body_bytes:
+            least = self.max_body_bytes
+            raise ValueError(f"max_body_bytes_total: must be max_body_bytes ({least}) or more")
 
     @staticmethod
     def default_key_file() -> Path:

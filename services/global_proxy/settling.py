@@ -5,6 +5,7 @@ import time
 from services.global_proxy import openai_error
 from services.global_proxy.cached_tokens import with_cached_tokens
 from services.global_proxy.call import Call
+from services.global_proxy.engine_failure import as_our_own
 from services.global_proxy.errors import EngineStatusError, ProxyError
 from services.global_proxy.http.client_request import ClientRequest
 from services.global_proxy.http.engine_connection import EngineAnswer
@@ -30,14 +31,17 @@ class Settling:
             self._metrics.refused.labels(reason).inc()
         if reply.complete:
             return
+        headers: list[Header] = []
+        if isinstance(error, EngineStatusError):
+            headers.append(error.path_header)
+            error = as_our_own(error, record.id)
         if reply.status is not None:
             reply.event(openai_error.to_event(error))
             reply.end()
-        elif isinstance(error, EngineStatusError):
-            reply_whole(error.answer, reply, [error.path_header])
-        else:
-            retry_after = [] if error.retry_after_s is None else [(b"retry-after", b"%d" % error.retry_after_s)]
-            reply.whole(error.status, _JSON, openai_error.to_json(error), retry_after)
+            return
+        if error.retry_after_s is not None:
+            headers.append((b"retry-after", b"%d" % error.retry_after_s))
+        reply.whole(error.status, _JSON, openai_error.to_json(error), headers)
 
     def end_early(self, why: Exception, reply: Reply, record: RequestRecord) -> None:
         if isinstance(why, ProxyError):

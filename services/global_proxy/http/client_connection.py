@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from services.global_proxy import openai_error
+from services.global_proxy.http.body_budget import BodyBudget
 from services.global_proxy.http.client_request import ClientRequest
 from services.global_proxy.http.reply import Reply
 from services.global_proxy.http.request_parser import Phase, Refusal, RequestLimits, RequestParser
@@ -30,6 +31,7 @@ class ClientConnection(asyncio.Protocol):
     serve: answers one request; never cancelled from here: it is told when the client goes.
     connections: holds every open connection of the server.
     on_refused: called for a request that is turned away here, so that `serve` never sees it.
+    at_door, bodies: see RequestParser. What is turned away at the door is for `serve` to answer.
 
     Attributes:
         on_lost: called when the connection has ended.
@@ -41,12 +43,16 @@ class ClientConnection(asyncio.Protocol):
         limits: ConnectionLimits,
         connections: "set[ClientConnection]",
         on_refused: Callable[[], None] = lambda: None,
+        at_door: Callable[[ClientRequest], None] | None = None,
+        bodies: BodyBudget | None = None,
     ) -> None:
         self.on_lost: Callable[[], None] = lambda: None
         self._serve = serve
         self._limits = limits
         self._connections = connections
         self._on_refused = on_refused
+        self._at_door = at_door
+        self._bodies = bodies
         self._patience_s = {"idle": limits.idle_timeout_s, "head": limits.head_timeout_s, "body": limits.body_timeout_s}
         self._loop = asyncio.get_running_loop()
         self._unparsed = bytearray()
@@ -78,13 +84,15 @@ class ClientConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         peer = transport.get_extra_info("peername")
-        self._parser = RequestParser(self._limits, peer[0] if isinstance(peer, tuple) else "")
+        client = peer[0] if isinstance(peer, tuple) else ""
+        self._parser = RequestParser(self._limits, client, self._at_door, self._bodies)
         self._connections.add(self)
         self._wait()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._connections.discard(self)
         self._closing = True
+        self._parser.forget_all()
         for timer in (self._deadline_timer, self._abort_timer):
             if timer is not None:
                 timer.cancel()
@@ -170,24 +178,33 @@ class ClientConnection(asyncio.Protocol):
         try:
             await self._serve(request, reply)
         finally:
-            self._answered(reply)
+            self._answered(request, reply)
 
-    def _answered(self, reply: Reply) -> None:
+    def _answered(self, request: ClientRequest, reply: Reply) -> None:
         self._reply = None
+        self._parser.forget(request)
         if self._closing:
             return
         if not reply.complete:
             self.abort()  # too short for its framing, so that the client sees it
-        elif reply.closing or self._draining:
-            self._close()
-        else:
+        elif not reply.closing and not self._draining:
             self._go_on()
+        elif self._parser.ended:
+            self._hang_up()
+        else:
+            self._close()
 
     def _refuse(self, refusal: Refusal) -> None:
         body = openai_error.error_json(refusal.message, refusal.kind, refusal.status)
         reply = Reply(self._transport, self._parser.request, closing=True)
-        reply.whole(refusal.status, b"application/json", body)
+        retry_after = [] if refusal.retry_after_s is None else [(b"retry-after", b"%d" % refusal.retry_after_s)]
+        reply.whole(refusal.status, b"application/json", body, retry_after)
         self._on_refused()
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        """Read on, and keep nothing: the client's unread bytes would reset the connection before it reads why."""
+        self._unparsed.clear()
         self._read_on()
         self._closing = True
         if self._transport.can_write_eof() and not self._transport.is_closing():

@@ -36,7 +36,6 @@ class Listener:
 
     Attributes:
         num_connections: accepted and not yet ended.
-        num_pauses: how often there was no room.
     """
 
     def __init__(
@@ -49,7 +48,6 @@ class Listener:
     ) -> None:
         sock.setblocking(False)
         self.num_connections = 0
-        self.num_pauses = 0
         self._sock = sock
         self._make_protocol = make_protocol
         self._tls = tls
@@ -132,7 +130,6 @@ class Listener:
         self._count(-1)
 
     def _pause(self, why: str) -> None:
-        self.num_pauses += 1
         logger.warning("accepting no connections for %g s: %s", _PAUSE_S, why)
         self._rest()
         self._timer = self._loop.call_later(_PAUSE_S, self._listen)

@@ -1,7 +1,13 @@
 """Under which reason an error counts that turned a request away before any engine saw it."""
 
 from services.global_proxy.admission.errors import OverloadedError, QueueTimeoutError, RateLimitError
-from services.global_proxy.errors import DrainingError, InvalidRequestError, NoInstanceError, ProxyError
+from services.global_proxy.errors import (
+    BodyTooLargeError,
+    DrainingError,
+    InvalidRequestError,
+    NoInstanceError,
+    ProxyError,
+)
 from services.global_proxy.security.errors import NoSuchRouteError, UnauthorizedError, WrongMethodError
 
 _REASONS: dict[type[ProxyError], str] = {
@@ -14,6 +20,7 @@ _REASONS: dict[type[ProxyError], str] = {
     NoSuchRouteError: "unknown_route",
     WrongMethodError: "unknown_route",
     InvalidRequestError: "invalid",
+    BodyTooLargeError: "invalid",
 }
 
 

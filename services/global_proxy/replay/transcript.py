@@ -6,6 +6,7 @@ not parsed: a quote inside of a JSON string is escaped, so the names searched fo
 
 from collections.abc import Callable
 
+from services.global_proxy.error_events import loss_in
 from services.global_proxy.http.framing import LAST_CHUNK, FramingError, as_chunk, payloads
 from services.global_proxy.http.reply import Reply
 from services.global_proxy.observing.cells import Histogram
@@ -120,8 +121,8 @@ class Transcript(StreamRelay):
         if event == DONE:
             self.done = True
         elif event.startswith(b'data: {"error":'):
-            if _status(event) >= 500:
-                raise FramingError("the engine failed in the middle of a stream")
+            if (loss := loss_in(event)) is not None:
+                raise FramingError(f"the engine failed in the middle of a stream: {loss!r}")
             self.followed = False
         elif b'"choices":[]' in event:  # usage, which a D that is asked for the end alone tells again
             event, self._counted = b"" if self._counted else event, True
@@ -167,10 +168,3 @@ def _numbers(ids: bytes) -> list[int]:
         return [int(token_id) for token_id in ids.split(b",")] if ids else []
     except ValueError as error:
         raise FramingError(f"not token ids: {ids[:40]!r}") from error
-
-
-def _status(error_event: bytes) -> int:
-    """Of the failure; 500 if it does not say."""
-    _, found, rest = error_event.rpartition(b'"code":')
-    digits = rest.partition(b"}")[0]
-    return int(digits) if found and digits.isdigit() else 500

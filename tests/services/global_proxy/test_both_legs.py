@@ -170,7 +170,8 @@ class TestPrefillFails:
         request = asyncio.create_task(_headers(pd, pd.prompt | {"stream": stream}))
         await pd.decode[0].wait_for(1)
         pd.prefill[0].gate.set()
-        assert await request == (500, '{"error":  "mine"}')
+        status, text = await request
+        assert (status, json.loads(text)["error"]["message"]) == (500, "The prefill instance failed")
         await pd.decode[0].wait_for(num_aborted=1)
         await pd.idle()
 
@@ -277,7 +278,9 @@ class TestDecodeFails:
         request = asyncio.create_task(_headers(pd, pd.prompt | {"stream": stream}))
         await pd.prefill[0].wait_for(1)
         pd.decode[0].gate.set()
-        assert await request == (status, '{"error":  "mine"}')
+        told, text = await request
+        assert told == status
+        assert ("mine" in text) == (status == 400), "its own words, where the request is at fault"
         await pd.prefill[0].wait_for(num_aborted=1)
         await pd.idle()
 

@@ -8,7 +8,10 @@ from typing import Any
 import openai
 import pytest
 
+from services.global_proxy.http.client_request import ClientRequest
+from services.global_proxy.http.reply import Reply
 from tests.services.global_proxy.conftest import Deploy, Deployment, Logged, until
+from tests.services.global_proxy.http.fake_transport import FakeTransport
 
 MALFORMED = {
     "empty": b"",
@@ -169,12 +172,49 @@ async def test_what_one_engine_answers_alone(deploy: Deploy, path: str) -> None:
     await pd.idle()
 
 
-async def test_an_error_that_all_engines_give_is_theirs(deploy: Deploy) -> None:
+async def test_what_all_engines_fail_at_is_told_in_our_words(deploy: Deploy, caplog: pytest.LogCaptureFixture) -> None:
     pd = await deploy(1, 2)
     for engine in pd.engines:
         engine.error = (500, '{"error":  "mine"}')
     async with pd.client.post(pd.url + "/tokenize", json={"prompt": "a"}) as response:
-        assert (response.status, await response.text()) == (500, '{"error":  "mine"}')
+        error = (await response.json())["error"]
+        assert (response.status, error["code"], error["type"]) == (500, 500, "InternalServerError")
+        assert "mine" not in error["message"]
+        assert f"request {response.headers['x-request-id']}: " in caplog.text
+    assert caplog.text.count("mine") == 1
+
+
+async def test_what_all_engines_refuse_is_refused_in_theirs(pd: Deployment) -> None:
+    pd.decode[0].error = (400, '{"error":  "yours"}')
+    async with pd.client.post(pd.url + "/tokenize", json={"prompt": "a"}) as response:
+        assert (response.status, await response.text()) == (400, '{"error":  "yours"}')
+
+
+async def test_every_answer_has_a_request_id(logged: Logged, deploy: Deploy) -> None:
+    """The client's own where it gave one. Engines are given ours, and the log has both."""
+    pd = await deploy()
+    for path in ("/live", "/metrics", "/nothing", "/admin/v1/state", "/v1/models"):
+        async with pd.client.get(pd.url + path) as response:
+            assert len(response.headers.getall("x-request-id")) == 1
+            assert re.fullmatch("[0-9a-f]{32}", response.headers["x-request-id"])
+    (line,) = (line for line in await logged(2) if line["path"] == "/v1/models")
+    assert line["id"] == response.headers["x-request-id"]
+    mine = {"X-Request-Id": "mine"}
+    async with pd.client.post(pd.url + "/tokenize", json={"prompt": "a"}, headers=mine) as response:
+        assert response.headers["x-request-id"] == "mine"
+    (line,) = (line for line in await logged(3) if line["path"] == "/tokenize")
+    assert line["client_id"] == "mine"
+    assert pd.decode[0].received[-1].headers["x-request-id"] == line["id"]
+
+
+async def test_nobody_is_served_who_was_not_at_the_door(pd: Deployment) -> None:
+    """Heads are looked at before bodies come. A request that was not is looked at when it is to be served."""
+    for path, status in ((b"/nothing", 404), (b"/live", 200)):
+        request = ClientRequest("GET", path)
+        reply = Reply(FakeTransport(), request, closing=False)
+        async with asyncio.timeout(20):
+            await pd.proxy.serve(request, reply)
+        assert reply.status == status
 
 
 async def test_what_one_engine_answers_alone_goes_to_the_least_busy(deploy: Deploy) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from services.global_proxy.admission.rate_limit import RateLimits
-from services.global_proxy.door import BodyTooLargeError, Door
-from services.global_proxy.errors import InvalidRequestError
+from services.global_proxy.door import Door
+from services.global_proxy.errors import BodyTooLargeError, InvalidRequestError, ProxyError
 from services.global_proxy.http.client_request import ClientRequest
 from services.global_proxy.security.api_keys import ApiKeys, new_key
 from services.global_proxy.security.errors import NoSuchRouteError, UnauthorizedError, WrongMethodError
@@ -25,8 +25,8 @@ def post(path: str, **headers: bytes) -> ClientRequest:
     return ClientRequest("POST", path.encode(), sent, bytearray(b"{}"))
 
 
-def get(path: str, body: bytes = b"", **headers: bytes) -> ClientRequest:
-    return ClientRequest("GET", path.encode(), {n.encode(): value for n, value in headers.items()}, bytearray(body))
+def get(path: str, **headers: bytes) -> ClientRequest:
+    return ClientRequest("GET", path.encode(), {name.encode(): value for name, value in headers.items()})
 
 
 def test_a_key_is_known_and_goes_no_further(key_and_door: tuple[bytes, Door]) -> None:
@@ -68,8 +68,8 @@ def test_without_keys_engines_get_what_the_client_says() -> None:
         (post("/v1/completions"), UnauthorizedError),
         (post("/v1/completions", authorization=b"Bearer wrong"), UnauthorizedError),
         (get("/v1/models"), UnauthorizedError),
-        (get("/live", b"x"), BodyTooLargeError),
-        (ClientRequest("POST", b"/admin/v1/instances", {}, bytearray((64 << 10) + 1)), BodyTooLargeError),
+        (get("/live", **{"content-length": b"1"}), BodyTooLargeError),
+        (ClientRequest("POST", b"/admin/v1/instances", {b"content-length": b"65537"}), BodyTooLargeError),
     ],
 )
 def test_who_is_turned_away(key_and_door: tuple[bytes, Door], request_: ClientRequest, error: type[Exception]) -> None:
@@ -86,3 +86,29 @@ def test_only_json(path: str, content_type: bytes) -> None:
         Door(None).enter(request)
     request.headers[b"content-type"] = b" Application/JSON; charset=utf-8"
     Door(None).enter(request)
+
+
+def test_a_look_is_noted_on_the_request(
+    key_and_door: tuple[bytes, Door], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever happens: it is the parser that asks."""
+    key, door = key_and_door
+    welcome, stranger = post("/v1/completions", authorization=b"Bearer " + key), post("/v1/completions")
+    for request in (welcome, stranger):
+        door.look(request)
+    assert welcome.turned_away is None
+    assert welcome.entry is not None
+    assert (welcome.entry[0].path, welcome.entry[1] and welcome.entry[1].name) == ("/v1/completions", "me")
+    assert stranger.entry is None
+    assert isinstance(stranger.turned_away, UnauthorizedError)
+
+    def fail(*_: object) -> None:
+        raise KeyError("secret")
+
+    monkeypatch.setattr(ApiKeys, "check", fail)
+    another = post("/v1/completions")
+    door.look(another)
+    assert another.entry is None
+    assert type(another.turned_away) is ProxyError
+    assert another.turned_away.message == "Internal error"
+    assert "a mistake of ours" in caplog.text

@@ -1,7 +1,7 @@
 """One client's connection alone: patience, order and bounds."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
 import pytest
 
@@ -12,64 +12,7 @@ from services.global_proxy.http.reply import Reply
 from tests.services.global_proxy.conftest import until
 from tests.services.global_proxy.http.fake_transport import FakeTransport
 from tests.services.global_proxy.http.raw_client import HEAD, LIVE, rest, statuses
-
-
-class Server:
-    """Connections whose requests wait for `gate`, and are answered with `body`."""
-
-    def __init__(self) -> None:
-        self.gate = asyncio.Event()
-        self.gate.set()
-        self.body = b"ok"
-        self.served: list[ClientRequest] = []
-        self.num_gone = self.num_lost = self.num_refused = 0
-        self.connections: set[ClientConnection] = set()
-        self.ports: list[asyncio.Server] = []
-
-    async def listen(self, **limits: float) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        server = await asyncio.get_running_loop().create_server(lambda: self.make(**limits), "127.0.0.1", 0)
-        self.ports.append(server)
-        return await asyncio.open_connection(*server.sockets[0].getsockname())
-
-    def make(self, **limits: float) -> ClientConnection:
-        made = ClientConnection(self._serve, ConnectionLimits(**limits), self.connections, self._refused)  # type: ignore[arg-type]
-        made.on_lost = self._lost
-        return made
-
-    async def _serve(self, request: ClientRequest, reply: Reply) -> None:
-        self.served.append(request)
-        reply.on_client_gone = self._gone
-        await self.gate.wait()
-        reply.whole(200, b"text/plain", self.body)
-
-    def _gone(self) -> None:
-        self.num_gone += 1
-        self.gate.set()
-
-    def _lost(self) -> None:
-        self.num_lost += 1
-
-    def _refused(self) -> None:
-        self.num_refused += 1
-
-
-@pytest.fixture
-async def server() -> AsyncIterator[Server]:
-    made = Server()
-    yield made
-    for port in made.ports:
-        port.close()
-    for connection in tuple(made.connections):
-        connection.abort()
-    await asyncio.sleep(0)
-
-
-async def trickle(writer: asyncio.StreamWriter, data: bytes, every_s: float) -> None:
-    for byte in data:
-        if writer.is_closing():
-            return
-        writer.write(bytes([byte]))
-        await asyncio.sleep(every_s)
+from tests.services.global_proxy.http.serving import Server, attached, several_turns, trickle
 
 
 @pytest.mark.parametrize(
@@ -134,16 +77,6 @@ async def test_a_pipelined_flood_is_bounded(server: Server) -> None:
     server.gate.set()
     await until(lambda: len(server.served) > 100)
     writer.transport.abort()
-
-
-def attached(server: Server, **limits: float) -> tuple[ClientConnection, FakeTransport]:
-    connection = server.make(**limits)
-    return connection, FakeTransport(connection)
-
-
-async def several_turns() -> None:
-    for _ in range(10):
-        await asyncio.sleep(0)
 
 
 async def test_who_does_not_read_answers_gets_no_more_of_them(server: Server) -> None:

@@ -4,11 +4,13 @@ import asyncio
 import json
 import re
 import socket
+from pathlib import Path
 
 import pytest
 
 from services.global_proxy.http.framing import as_chunk
-from tests.services.global_proxy.conftest import Deploy, Deployment, until
+from services.global_proxy.security.api_keys import new_key
+from tests.services.global_proxy.conftest import Deploy, Deployment, Logged, until
 from tests.services.global_proxy.http.raw_client import HEAD, LIVE, completion, rest, statuses
 
 
@@ -125,6 +127,71 @@ async def test_a_refusal_is_read_by_a_client_that_is_still_sending(deploy: Deplo
     assert statuses(await rest(reader)) == [413]
     writer.close()
     assert all(engine.received == [] for engine in pd.engines)
+
+
+async def test_strangers_are_answered_by_their_heads_alone(deploy: Deploy, logged: Logged, tmp_path: Path) -> None:
+    """Not a byte of a body is sent here. The second of each has asked for leave to send it."""
+    key, entry = new_key("me")
+    file = tmp_path / "keys"
+    file.write_text(entry.line() + "\n")
+    pd = await deploy(api_keys_file=file)
+    bearer = b"Authorization: Bearer %b\r\n" % key.encode()
+    large = b"Content-Length: 9000000\r\n\r\n"
+    expecting = b"Expect: 100-continue\r\nContent-Length: 9\r\n\r\n"
+    for head, status in (
+        (HEAD, 401),
+        (HEAD.replace(b"/v1/completions", b"/nothing"), 404),
+        (HEAD.replace(b"POST", b"PUT"), 405),
+        (HEAD.replace(b"application/json", b"text/plain") + bearer, 400),
+    ):
+        for announced in (large, expecting, b"Transfer-Encoding: chunked\r\n\r\n"):
+            answer = await exchange(pd, head + announced)
+            assert statuses(answer) == [status]
+            assert b"\r\nconnection: close\r\n" in answer
+            assert b"\r\nx-request-id: " in answer
+    admin = HEAD.replace(b"/v1/completions", b"/admin/v1/instances")
+    assert statuses(await exchange(pd, admin + large)) == [413]
+    lines = await logged(13)
+    assert [line["status"] for line in lines] == [401] * 3 + [404] * 3 + [405] * 3 + [400] * 3 + [413]
+    assert lines[0]["error"] == "UnauthorizedError"
+    assert await pd.metric("omni_proxy_refused_total", reason="unauthorized") == 3
+
+
+async def test_a_stranger_who_is_still_sending_reads_why(deploy: Deploy) -> None:
+    pd = await deploy()
+    reader, writer = await pd.raw(HEAD.replace(b"/v1", b"/v9") + b"Content-Length: 9000000\r\n\r\n")
+    for _ in range(50):
+        writer.write(b"x" * 65536)
+        await asyncio.sleep(0)
+    assert statuses(await rest(reader)) == [404]
+    writer.close()
+
+
+async def test_a_connection_outlives_a_stranger(pd: Deployment) -> None:
+    """If what is read past is small."""
+    wrong = completion(prompt="x" * 50_000).replace(b"/v1", b"/v9", 1)
+    answer = await exchange(pd, wrong + completion() + wrong + LIVE + b"nonsense\r\n\r\n")
+    assert statuses(answer) == [404, 200, 404, 200, 400]
+
+
+async def test_all_bodies_together_are_bounded(deploy: Deploy) -> None:
+    pd = await deploy(max_body_bytes=1000, max_body_bytes_total=1500)
+    pd.prefill[0].gate.clear()
+    first = completion(prompt="x" * 900)
+    reader, writer = await pd.raw(first)
+    await pd.prefill[0].wait_for(1)
+    for request in (first, HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + as_chunk(b"x" * 900)):
+        answer = await exchange(pd, request)
+        assert statuses(answer) == [503]
+        assert b"\r\nretry-after: 1\r\n" in answer
+    pd.prefill[0].gate.set()
+    async with asyncio.timeout(20):
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
+    writer.close()
+    await pd.idle()
+    _, _, answered = await pd.complete(prompt="x" * 900)
+    assert answered["x-omni-path"] == "disaggregated"
+    assert pd.server._bodies.num_bytes == 0
 
 
 @pytest.mark.parametrize("stage", ["queued", "prefill", "stream"])

@@ -20,10 +20,12 @@ PIPELINED = (
 )
 
 
-def feed(data: bytes, limits: RequestLimits = LIMITS, piece_bytes: int = 500) -> RequestParser:
-    parser = RequestParser(limits)
+def feed(
+    data: bytes, limits: RequestLimits = LIMITS, piece_bytes: int = 500, parser: RequestParser | None = None
+) -> RequestParser:
+    parser = parser or RequestParser(limits)
     for start in range(0, len(data), piece_bytes):
-        if parser.refusal is None:
+        if parser.refusal is None and not parser.ended:
             parser.feed(data[start : start + piece_bytes])
     return parser
 
@@ -85,6 +87,7 @@ REFUSED = {
     ),
     "two hosts": (400, HEAD + b"host: x\r\n\r\n"),
     "no host": (400, b"GET / HTTP/1.1\r\n\r\n"),
+    "no host, and a body": (400, b"POST / HTTP/1.1\r\nContent-Length: 5\r\n\r\nhello"),
     "two authorizations": (400, HEAD + b"Authorization: a\r\nAuthorization: b\r\n\r\n"),
     "folded": (400, HEAD + b"X: a\r\n b\r\n\r\n"),
     "space before the colon": (400, HEAD + b"Content-Length : 5\r\n\r\n"),
@@ -122,6 +125,7 @@ REFUSED = {
     "version 1.2": (400, b"GET / HTTP/1.2\r\nHost: x\r\n\r\n"),
     "TLS": (400, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"),
     "upgrade": (400, HEAD + b"Connection: Upgrade\r\nUpgrade: h2c\r\nContent-Length: 0\r\n\r\n" + SMUGGLED),
+    "upgrade, and a body": (400, HEAD + b"Connection: Upgrade\r\nUpgrade: h2c\r\nContent-Length: 5\r\n\r\nhello"),
     "tunnel": (400, b"CONNECT x:80 HTTP/1.1\r\nHost: x:80\r\n\r\n" + SMUGGLED),
     "announced body": (413, HEAD + b"Content-Length: 1001\r\n\r\n"),
     "unannounced body": (413, HEAD + b"Transfer-Encoding: chunked\r\n\r\n3e9\r\n" + b"x" * 1001),
