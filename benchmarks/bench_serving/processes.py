@@ -68,8 +68,9 @@ def running(
 ) -> Iterator[Process]:
     """Run a program on these cores until the block is left.
 
-    Its session is its own, as a service's is (Linux shares CPU time between sessions), and so is its temporary folder:
-    vLLM leaves sockets there. It ends with this process, whatever ends that.
+    Its process group and its temporary folder are its own: vLLM leaves sockets there. It has no session of its own: between
+    sessions Linux shares out each core (autogroup), and 6.18 then stalls those that sleep often for up to two seconds,
+    which all systems would suffer from. It ends with this process, whatever ends that.
     """
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bench_serving_", ignore_cleanup_errors=True) as temporary:
@@ -80,7 +81,7 @@ def running(
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
+                process_group=0,
                 preexec_fn=partial(die_with_parent, os.getpid()),
             )
         process = Process(popen, log_path)

@@ -14,8 +14,7 @@ from services.global_proxy.policies.least_squares import Fit
 _PRIOR_PREFILL = (0.01, 1e-4, 1e-4)  # s; s per token of the prompt; s per token ahead of it
 _PRIOR_DECODE = (0.02, 1e-4, 2e-7)  # s; s per request; s per token
 
-_FEWEST_OWN = 4  # samples, before an instance is believed to differ from the fleet
-_FEWEST = 8  # samples, before D may be given prompts that P was to compute
+_FEWEST = 4  # samples, before an instance is believed to differ from the fleet, or D given prompts meant for P
 _MOST_HELD_UP = 4.0  # tokens' time that streams on D may be held up by such a prompt
 _FLEET_LEARNS = 64  # samples that its fit takes all
 _SAMPLE_EVERY = 4  # the fleet's fit takes every fourth sample once it has enough
@@ -87,7 +86,7 @@ class Costs:
         self.decode_base_s, self.decode_request_s, self.decode_token_s = self._believed(self._decode, fleet.decode)
 
     def _believed(self, own: Fit, of_fleet: Fit) -> tuple[float, float, float]:
-        if own.num_samples < _FEWEST_OWN:
+        if own.num_samples < _FEWEST:
             return of_fleet.theta
         if self._optimism == 1.0:
             return own.theta
@@ -109,7 +108,7 @@ class Costs:
             self._prefill.discount()
             self._decode.discount()
             self._publish()
-        elif self._prefill.num_samples < _FEWEST_OWN or self._decode.num_samples < _FEWEST_OWN:
+        elif self._prefill.num_samples < _FEWEST or self._decode.num_samples < _FEWEST:
             self._publish()
 
     @property

@@ -26,7 +26,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200 if self.path == "/live" else 404)
         self.end_headers()
-print(os.environ["FROM_THE_PLAN"], os.getsid(0) == os.getpid(), flush=True)
+own_group, own_session = os.getpgid(0) == os.getpid(), os.getsid(0) == os.getpid()
+print(os.environ["FROM_THE_PLAN"], own_group, own_session, flush=True)
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
 
@@ -80,7 +81,7 @@ def test_until_sigterm(plan: LaunchPlan, tmp_path: Path, state_dir: Path, monkey
     (deployment,) = seen
     assert (deployment.name, deployment.launcher_pid) == ("trial", os.getpid())
     assert deployment.process_names == ("prefill.group1.rank0", "decode.group1.rank0", "proxy")
-    assert (tmp_path / "logs" / "proxy.log").read_text().startswith("yes True\n")
+    assert (tmp_path / "logs" / "proxy.log").read_text().startswith("yes True False\n")
     said = (tmp_path / "logs" / "engine_host.log").read_text()
     assert said == f"-m services.engine_host --config {plan.config_file}\n"
     assert not (state_dir / plan.name).exists()
