@@ -68,9 +68,9 @@ def running(
 ) -> Iterator[Process]:
     """Run a program on these cores until the block is left.
 
-    Its process group and its temporary folder are its own: vLLM leaves sockets there. It has no session of its own: between
-    sessions Linux shares out each core (autogroup), and 6.18 then stalls those that sleep often for up to two seconds,
-    which all systems would suffer from. It ends with this process, whatever ends that.
+    Its process group and its temporary folder are its own: vLLM leaves sockets there. It has no session of its own:
+    between sessions Linux shares out each core (autogroup), and 6.18 then stalls those that sleep often for up to two
+    seconds, which all systems would suffer from. It ends with this process, whatever ends that.
     """
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bench_serving_", ignore_cleanup_errors=True) as temporary:

@@ -86,7 +86,7 @@ def _spawn(command: Sequence[str], env: dict[str, str], output: int) -> int:
         list(command),
         {**os.environ, **env, **parent_environment()},
         file_actions=[(os.POSIX_SPAWN_DUP2, output, 1), (os.POSIX_SPAWN_DUP2, output, 2)],
-        # Ctrl-C is for the launcher alone, which then stops its children in order. No session of its own: between sessions
-        # Linux shares out each core (autogroup), and 6.18 has the proxy's wait for a second at a time beside engines'.
+        # Ctrl-C is for the launcher alone, which then stops its children in order. No session of its own: between
+        # sessions Linux shares out each core (autogroup), and 6.18 lets the proxy wait for seconds beside engines.
         setpgroup=0,
     )
