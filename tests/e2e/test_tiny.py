@@ -98,6 +98,7 @@ def test_the_proxy_knows_how_much_kv_there_is(deployment: Deployment) -> None:
         return all((instance["report"] or {}).get("kv_total_tokens", 0) > 0 for instance in instances)
 
     assert eventually(is_told, 10)
+    assert deployment.proxy.metric("omni_proxy_kv_tokens", role="decode", part="total") > 0
 
 
 class TestDisaggregation:

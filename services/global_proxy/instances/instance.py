@@ -56,6 +56,12 @@ class Instance:
         return self._table.tokens(self.slot)
 
     @property
+    def kv_tokens(self) -> tuple[int, int] | None:
+        """Used, and all that fit its KV cache; None: it has reported nothing."""
+        report = self._table.report(self.slot)
+        return (report.kv_used_tokens, report.kv_total_tokens) if report is not None else None
+
+    @property
     def half_open(self) -> bool:
         return self._ejection.half_open
 

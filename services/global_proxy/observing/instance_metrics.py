@@ -19,7 +19,7 @@ _SLOT_CELLS = _FAILURES + len(_REASONS)
 
 
 class Load(Protocol):
-    """What an instance has to do, for all workers together."""
+    """What an instance has to do, for all workers together; `kv_tokens`: used, and all, as it reports them."""
 
     @property
     def role(self) -> str: ...
@@ -29,6 +29,8 @@ class Load(Protocol):
     def num_requests(self) -> int: ...
     @property
     def num_tokens(self) -> int: ...
+    @property
+    def kv_tokens(self) -> tuple[int, int] | None: ...
 
 
 class InstanceMetrics:
@@ -120,10 +122,13 @@ class InstanceTable:
     def _loads(self) -> Iterator[Metric]:
         requests = GaugeMetricFamily("omni_proxy_active_requests", "Legs in flight", labels=_LABELS)
         tokens = GaugeMetricFamily("omni_proxy_active_tokens", "Tokens of the legs in flight", labels=_LABELS)
+        kv = GaugeMetricFamily("omni_proxy_kv_tokens", "KV cache, as the engine reports it", labels=[*_LABELS, "part"])
         for load in self.read_loads():
             requests.add_metric([load.role, load.name], load.num_requests)
             tokens.add_metric([load.role, load.name], load.num_tokens)
-        yield from (requests, tokens)
+            for part, num_tokens in zip(("used", "total"), load.kv_tokens or (), strict=False):
+                kv.add_metric([load.role, load.name, part], num_tokens)
+        yield from (requests, tokens, kv)
 
     def _known(self) -> Iterator[tuple[InstanceMetrics, "list[memoryview[float]]", int]]:
         """Each instance with the rows that count for it."""

@@ -30,6 +30,7 @@ class Load:
     name: str = "d1:8000"
     num_requests: int = 0
     num_tokens: int = 0
+    kv_tokens: tuple[int, int] | None = None
 
 
 def value(metrics: Metrics, name: str, **label_values: str) -> float | None:
@@ -204,6 +205,10 @@ def test_loads_are_read_when_asked_for() -> None:
     load.num_requests, load.num_tokens = 3, 700
     assert value(metrics, "active_requests", role="decode", instance="d1:8000") == 3
     assert value(metrics, "active_tokens", role="decode", instance="d1:8000") == 700
+    assert value(metrics, "kv_tokens", role="decode", instance="d1:8000", part="used") is None
+    load.kv_tokens = (30, 100)
+    assert value(metrics, "kv_tokens", role="decode", instance="d1:8000", part="used") == 30
+    assert value(metrics, "kv_tokens", role="decode", instance="d1:8000", part="total") == 100
 
 
 def test_slots_beyond_the_memory_are_refused() -> None:
