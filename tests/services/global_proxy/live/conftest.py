@@ -1,11 +1,8 @@
 """The real command in processes of its own, with several workers, and engines that come and go."""
 
 import asyncio
-import os
-import signal
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +11,8 @@ import aiohttp
 import pytest
 
 from kv_transfer.auth import load_or_make_key
-from omni.process import start_ticks
 from services.global_proxy.membership.admin_route import admin_token
-from tests.services.global_proxy.faults.processes import EngineProcess, ProxyProcess, ServerProcess, until
+from tests.services.global_proxy.faults.processes import EngineProcess, ProxyProcess, ServerProcess, stopped, until
 
 _LIMIT_S = 60
 
@@ -57,11 +53,6 @@ class LiveProxy(ProxyProcess):
         except aiohttp.ClientError:
             return False
 
-    def workers(self) -> list[int]:
-        """Their pids."""
-        pids = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-        return [pid for pid in map(int, pids) if start_ticks(pid) is not None]
-
     async def client(self) -> Client:
         """Of whichever worker takes the connection."""
         self._clients.append(Client(self.url, self.token))
@@ -70,24 +61,13 @@ class LiveProxy(ProxyProcess):
 
     async def client_of(self, worker: int) -> Client:
         """Of this worker: while the others are stopped, only it can take the connection."""
-        with _stopped([pid for pid in self.workers() if pid != worker]):
+        with stopped(*(pid for pid in self.workers() if pid != worker)):
             return await self.client()
 
     async def kill(self) -> None:
         for client in self._clients:
             await client.session.close()
         await super().kill()
-
-
-@contextmanager
-def _stopped(pids: list[int]) -> Iterator[None]:
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
 
 
 @dataclass
