@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import combinations, count
+from itertools import chain, combinations
 
 from omni.deployment.errors import Problem
 from omni.deployment.groups import GroupSettings, group_settings
@@ -32,15 +32,16 @@ class PortClaim:
 def control_port(deployment: Deployment) -> int | None:
     """Where engines join the proxy and report their load; None: nowhere.
 
-    Unless written, it is the first port above listen_port that nothing else in the file has.
+    Unless written, it is the next port to listen_port, above if there is one, that nothing else in the file has.
     """
     proxy = deployment.deployment.proxy
     if proxy.control_port is not None:
         return proxy.control_port or None
     of_other_proxies = {address.rpartition(":")[2] for address in proxy.other_control_addresses}
     claims = list(_engine_claims(deployment))
-    above = (PortClaim(proxy.host, port, port, _CONTROL_PORT) for port in count(proxy.listen_port + 1))
-    return next(c.first for c in above if str(c) not in of_other_proxies and not any(map(c.meets, claims)))
+    near = chain(range(proxy.listen_port + 1, HIGHEST_PORT + 1), range(proxy.listen_port - 1, 0, -1))
+    free = (PortClaim(proxy.host, port, port, _CONTROL_PORT) for port in near)
+    return next(c.first for c in free if str(c) not in of_other_proxies and not any(map(c.meets, claims)))
 
 
 def port_claims(deployment: Deployment) -> Iterator[PortClaim]:

@@ -37,6 +37,11 @@ _OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("--tls-key", "tls_key_file", {"type": Path, "metavar": "FILE", "help": "PEM, without a passphrase"}),
     ("--otlp-endpoint", "otlp_endpoint", {"metavar": "URL", "help": "an OpenTelemetry collector: http://HOST:4318"}),
     ("--trace-sample-ratio", "trace_sample_ratio", {"type": float, "help": "of requests that come without a trace"}),
+    (
+        "--max-body-bytes-total",
+        "max_body_bytes_total",
+        {"type": int, "help": "of requests not yet answered, in each worker; others get 503"},
+    ),
     ("--request-timeout-s", "request_timeout_s", {"type": float}),
     ("--connect-timeout-s", "connect_timeout_s", {"type": float}),
     ("--drain-timeout-s", "drain_timeout_s", {"type": float}),

@@ -25,7 +25,7 @@ class Door:
         try:
             request.entry = self.enter(request)
         except ProxyError as refusal:
-            request.turned_away = refusal
+            request.turned_away = refusal.with_traceback(None)  # whose frames hold the request
         except Exception:
             logger.exception("a mistake of ours")
             request.turned_away = ProxyError("Internal error")

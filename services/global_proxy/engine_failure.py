@@ -30,7 +30,7 @@ def as_our_own(failure: EngineStatusError, request_id: str) -> ProxyError:
     kind, message = _ANSWERS[status]
     error = ProxyError(message.format(role=instance.role))
     error.status, error.kind = status, kind
-    retry_after = head.retry_after or b""
-    if retry_after.isdigit() and len(retry_after) <= _MAX_RETRY_AFTER_DIGITS:  # it may be a date, or any text
+    retry_after = head.retry_after or b""  # a number, a date, or any text
+    if status == 503 and retry_after.isdigit() and len(retry_after) <= _MAX_RETRY_AFTER_DIGITS:
         error.retry_after_s = int(retry_after)
     return error

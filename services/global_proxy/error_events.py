@@ -6,7 +6,7 @@ of that in our words. One about the request passes as it is.
 
 import msgspec
 
-_ERROR = b'data: {"error"'  # in a JSON string the quotes would be escaped
+ERROR_EVENT = b'data: {"error"'  # in a JSON string the quotes would be escaped
 _MAX_TEXT_BYTES = 500
 
 
@@ -23,7 +23,7 @@ _decode = msgspec.json.Decoder(_Event).decode
 
 def error_at(data: bytes, start: int = 0) -> tuple[int, int] | None:
     """Where the first error event in `data` begins, from `start` on, and its code; None if there is none."""
-    start = data.find(_ERROR, start)
+    start = data.find(ERROR_EVENT, start)
     if start < 0:
         return None
     try:
@@ -39,5 +39,5 @@ def loss_in(data: bytes) -> str | None:
         start, code = found
         if code >= 500:
             return data[start : start + _MAX_TEXT_BYTES].partition(b"\n")[0].decode(errors="replace")
-        found = error_at(data, start + len(_ERROR))
+        found = error_at(data, start + len(ERROR_EVENT))
     return None

@@ -185,17 +185,20 @@ class Legs:
         Raises UpstreamError, NoInstanceError.
         """
         failure: UpstreamError | None = None
-        while True:
-            try:
-                instance = self.choose(self.decode_pool, call)
-            except NoInstanceError as error:
-                raise failure or error from None
-            try:
-                return await self._decode_on(instance, call, body)
-            except UnreachableError as error:
-                failure = error
-                if not self._retries.may_retry(call, error):
-                    raise
+        try:
+            while True:
+                try:
+                    instance = self.choose(self.decode_pool, call)
+                except NoInstanceError as error:
+                    raise failure or error from None
+                try:
+                    return await self._decode_on(instance, call, body)
+                except UnreachableError as error:
+                    failure = error
+                    if not self._retries.may_retry(call, error):
+                        raise
+        finally:
+            failure = None  # its traceback has this frame: together they would keep the body until garbage is collected
 
     async def decode_alone(self, call: Call, reason: str) -> Opened:
         """Have D compute the prompt too. Raises UpstreamError, NoInstanceError."""

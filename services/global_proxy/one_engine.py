@@ -3,7 +3,7 @@
 import asyncio
 from functools import partial
 
-from services.global_proxy.errors import DeadlineError, NoInstanceError, ProxyError, UpstreamError
+from services.global_proxy.errors import DeadlineError, NoInstanceError, UpstreamError
 from services.global_proxy.http.client_request import ClientRequest
 from services.global_proxy.http.engine_connection import EngineAnswer
 from services.global_proxy.http.reply import Reply
@@ -46,14 +46,17 @@ class OneEngine:
 
     async def _ask_one_after_the_other(self, request: ClientRequest, lines: bytes, body: bytes) -> EngineAnswer:
         """Raises UpstreamError: the last one's; NoInstanceError: there is none."""
-        error: ProxyError = NoInstanceError("No instance is up")
-        for pool in (self._members.decode, self._members.prefill):
-            for instance in sorted(pool.up(), key=_load):
-                try:
-                    return await _ask(instance, request, lines, body)
-                except UpstreamError as failure:
-                    error = failure
-        raise error
+        failure: UpstreamError | None = None
+        try:
+            for pool in (self._members.decode, self._members.prefill):
+                for instance in sorted(pool.up(), key=_load):
+                    try:
+                        return await _ask(instance, request, lines, body)
+                    except UpstreamError as error:
+                        failure = error
+            raise failure or NoInstanceError("No instance is up")
+        finally:
+            failure = None  # its traceback has this frame: together they would keep the body until garbage is collected
 
 
 def _cancel(task: asyncio.Task[None]) -> None:

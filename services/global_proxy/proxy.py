@@ -145,33 +145,33 @@ class Proxy:
         record.client_id = None if client_id is None else client_id[:_MAX_CLIENT_ID_BYTES].decode("latin-1")
         reply.headers.append((b"x-request-id", client_id or record.id.encode()))
         is_logged = False
-        error: BaseException | None = None
         try:
             if request.turned_away is not None:
-                raise request.turned_away
-            assert request.entry is not None, "whoever is not turned away is let in"
-            route, key = request.entry
-            if route.kind == "decode":
+                self._refuse(request.turned_away, reply, record)
+            elif request.entry is not None and request.entry[0].kind == "decode":
                 is_logged = True
+                key = request.entry[1]
                 record.key = None if key is None else key.name
                 self._gate.charge(key, Prompt(len(request.body) // _BYTES_PER_TOKEN, 0, None, b""))
                 await self._one_engine.serve(request, reply, record.id)
             else:
                 await serve_asgi(self.app, request, reply)
         except ProxyError as refusal:
-            error = refusal
-            if (reason := reason_of(refusal)) is not None:
-                self.metrics.refused.labels(reason).inc()
-            turn_away(as_our_own(refusal, record.id) if isinstance(refusal, EngineStatusError) else refusal, reply)
+            self._refuse(refusal, reply, record)
         except asyncio.CancelledError as gone:
-            error = gone
+            record.error = type(gone).__name__
         except Exception as mistake:
-            error = mistake
+            record.error = type(mistake).__name__
             logger.exception("a mistake of ours")
             if reply.status is None:
                 turn_away(ProxyError("Internal error"), reply)
         record.status, record.bytes = reply.status or CLIENT_GONE_STATUS, reply.num_bytes
         self.metrics.requests.labels(record.path, record.status).inc()
-        if is_logged or error is not None:
-            record.error = None if error is None else type(error).__name__
+        if is_logged or record.error is not None:
             self._request_log.add(record)
+
+    def _refuse(self, refusal: ProxyError, reply: Reply, record: RequestRecord) -> None:
+        record.error = type(refusal).__name__
+        if (reason := reason_of(refusal)) is not None:
+            self.metrics.refused.labels(reason).inc()
+        turn_away(as_our_own(refusal, record.id) if isinstance(refusal, EngineStatusError) else refusal, reply)

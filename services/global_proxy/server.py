@@ -9,6 +9,7 @@ from typing import Self
 from services.global_proxy.http.body_budget import BodyBudget
 from services.global_proxy.http.client_connection import ClientConnection, ConnectionLimits
 from services.global_proxy.http.listener import Listener
+from services.global_proxy.http.request_parser import Refusal
 from services.global_proxy.proxy import Proxy
 
 _LAST_CLOSE_S = 2.0  # for answers that are still being sent
@@ -67,6 +68,12 @@ class ProxyServer:
                 connection.abort()
 
     def _make_connection(self) -> ClientConnection:
-        refused = self._proxy.metrics.refused.labels("invalid")
         proxy = self._proxy
-        return ClientConnection(proxy.serve, self._limits, self._connections, refused.inc, proxy.look, self._bodies)
+        return ClientConnection(
+            proxy.serve, self._limits, self._connections, self._count_refusal, proxy.look, self._bodies
+        )
+
+    def _count_refusal(self, refusal: Refusal) -> None:
+        metrics = self._proxy.metrics
+        metrics.refused.labels(refusal.reason).inc()
+        metrics.requests.labels("", refusal.status).inc()

@@ -121,6 +121,7 @@ class Serving:
         headers = request.headers
         record.client_id = _text(headers.get(b"x-request-id"))
         body = parse_body(bytes(request.body), self._settings.max_n)
+        request.body = bytearray()  # the parsed one is a copy, and one is enough
         lines = b"content-type: application/json\r\nx-request-id: %b\r\n" % record.id.encode()
         authorization = headers.get(b"authorization")
         if authorization is not None:  # a key of ours has been taken away at the door
@@ -159,15 +160,18 @@ class Serving:
         """
         self._parts.retries.request_came()
         failure: UpstreamError | None = None
-        while True:
-            try:
-                return await self._open_once(call)
-            except UpstreamError as error:
-                failure = error
-                if not self._parts.retries.may_retry(call, error):
-                    raise
-            except NoInstanceError as error:
-                raise failure or error from None
+        try:
+            while True:
+                try:
+                    return await self._open_once(call)
+                except UpstreamError as error:
+                    failure = error
+                    if not self._parts.retries.may_retry(call, error):
+                        raise
+                except NoInstanceError as error:
+                    raise failure or error from None
+        finally:
+            failure = None  # its traceback has this frame: together they would keep the body until garbage is collected
 
     async def _open_once(self, call: Call) -> Opened:
         parts = self._parts
@@ -215,29 +219,40 @@ class Serving:
 
     async def _continue(self, call: Call, relay: StreamRelay, reply: Reply, error: DiedError) -> None:
         """Have others go on with the stream. Raises DiedError: `error`, if that cannot be."""
-        parts = self._parts
-        while True:
-            following = await parts.continuer.following(call, relay) if parts.retries.may_retry(call, error) else None
-            if following is None:
-                raise error
-            call.record.continued += 1
-            self._metrics.continued_streams.inc()
-            if following.call is None:
-                return  # all but the stream's end had been sent
-            try:
-                opened = await self._open(following.call)
-            except ProxyError:
-                raise error from None
-            try:
-                if not opened.answer.head.is_stream:
-                    break
-                await _stream(opened, following.sink, reply)
-                return
-            except DiedError as another:
-                error = another
-            finally:
-                opened.close()
-        raise error
+        lost: DiedError | None = error
+        del error
+        try:
+            while lost is not None:
+                if not self._parts.retries.may_retry(call, lost):
+                    raise lost
+                lost = await self._continue_once(call, relay, reply, lost)
+        finally:
+            lost = None  # as above
+
+    async def _continue_once(self, call: Call, relay: StreamRelay, reply: Reply, lost: DiedError) -> DiedError | None:
+        """None: the stream has come to its end; or what has ended it again. Raises DiedError: `lost`."""
+        following = await self._parts.continuer.following(call, relay)
+        if following is None:
+            raise lost
+        call.record.continued += 1
+        self._metrics.continued_streams.inc()
+        if following.call is None:
+            return None  # all but the stream's end had been sent
+        try:
+            opened = await self._open(following.call)
+        except ProxyError:
+            raise lost from None
+        try:
+            if not opened.answer.head.is_stream:
+                raise lost
+            await _stream(opened, following.sink, reply)
+        except DiedError as another:
+            if another is lost:
+                raise
+            return another
+        finally:
+            opened.close()
+        return None
 
     def _note_speed(
         self, instance: Instance, relay: StreamRelay, record: RequestRecord, load_before: tuple[int, int]

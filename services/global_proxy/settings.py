@@ -71,7 +71,7 @@ class Settings:
     health_timeout_s: float = 5.0  # for one answer: an engine that waits for a core is late, not dead
     health_misses: int = 3  # so many in a row make an instance unhealthy
     max_body_bytes: int = 16 * 1024 * 1024
-    max_body_bytes_total: int = 1024 * 1024 * 1024  # of all requests that are not yet answered, in each worker
+    max_body_bytes_total: int = 256 * 1024 * 1024  # received and not yet answered, in each worker
     max_n: int = 128  # OpenAI's own limit on `n`
 
     def __post_init__(self) -> None:

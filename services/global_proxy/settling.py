@@ -68,7 +68,7 @@ class Settling:
         metrics.in_flight.dec()
         metrics.requests.labels(record.path, record.status).inc()
         metrics.request_seconds.observe(record.seconds)
-        metrics.received_bytes.inc(len(request.body))
+        metrics.received_bytes.inc(request.num_body_bytes)
         metrics.sent_bytes.inc(reply.num_bytes)
         if call is None:
             trace.finish(record)

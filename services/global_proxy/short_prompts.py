@@ -8,6 +8,7 @@ from services.global_proxy.policies.base import Prompt
 from services.global_proxy.policies.cost_model import break_even_tokens
 
 _LOOK_EVERY_S = 0.02
+_STALE_S = 60.0  # without a prompt for D alone: what was seen of these may have been one bad moment
 _WEIGHT = 0.05  # of each newly seen hand-off
 
 
@@ -24,6 +25,7 @@ class ShortPrompts:
         self._fixed = min_prefill_tokens
         self._handoff_s: float | None = None
         self._looked_s = float("-inf")
+        self._applied_s = float("-inf")
         self._bound = 0
 
     @property
@@ -37,8 +39,11 @@ class ShortPrompts:
         now_s = time.monotonic()
         if now_s - self._looked_s >= _LOOK_EVERY_S:
             self._looked_s = now_s
-            self._bound = self._find()
-        return prompt.num_tokens < self._bound
+            self._bound = self._find(is_stale=now_s - self._applied_s > _STALE_S)
+        if prompt.num_tokens >= self._bound:
+            return False
+        self._applied_s = now_s
+        return True
 
     def saw_handoff(self, seconds: float) -> None:
         """From P's answer to D's first byte."""
@@ -46,11 +51,14 @@ class ShortPrompts:
             self._handoff_s = seconds
         self._handoff_s += _WEIGHT * (seconds - self._handoff_s)
 
-    def _find(self) -> int:
+    def _find(self, is_stale: bool) -> int:
         prefill, decode = _least_loaded(self._prefill), _least_loaded(self._decode)
         if prefill is None or decode is None or self._handoff_s is None:
             return 0
-        return break_even_tokens(prefill.costs, decode.costs, self._handoff_s, prefill.num_tokens, decode.num_requests)
+        alone = prefill.costs if is_stale or not decode.costs.has_prefill else decode.costs
+        return break_even_tokens(
+            prefill.costs, decode.costs, alone, self._handoff_s, prefill.num_tokens, decode.num_requests
+        )
 
 
 def _least_loaded(pool: Pool) -> Instance | None:

@@ -85,7 +85,11 @@ def _spawn(command: Sequence[str], env: dict[str, str], output: int) -> int:
         command[0],
         list(command),
         {**os.environ, **env, **parent_environment()},
-        file_actions=[(os.POSIX_SPAWN_DUP2, output, 1), (os.POSIX_SPAWN_DUP2, output, 2)],
+        file_actions=[
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),  # to read the terminal would stop it
+            (os.POSIX_SPAWN_DUP2, output, 1),
+            (os.POSIX_SPAWN_DUP2, output, 2),
+        ],
         # Ctrl-C is for the launcher alone, which then stops its children in order. No session of its own: between
         # sessions Linux shares out each core (autogroup), and 6.18 lets the proxy wait for seconds beside engines.
         setpgroup=0,

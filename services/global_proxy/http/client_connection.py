@@ -1,6 +1,7 @@
 """One client's connection: requests read within bounds, served one after the other."""
 
 import asyncio
+import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import cast
@@ -30,7 +31,7 @@ class ClientConnection(asyncio.Protocol):
     """Args:
     serve: answers one request; never cancelled from here: it is told when the client goes.
     connections: holds every open connection of the server.
-    on_refused: called for a request that is turned away here, so that `serve` never sees it.
+    on_refused: told of a request that is refused here, so that `serve` never sees it.
     at_door, bodies: see RequestParser. What is turned away at the door is for `serve` to answer.
 
     Attributes:
@@ -42,7 +43,7 @@ class ClientConnection(asyncio.Protocol):
         serve: Serve,
         limits: ConnectionLimits,
         connections: "set[ClientConnection]",
-        on_refused: Callable[[], None] = lambda: None,
+        on_refused: Callable[[Refusal], None] = lambda refusal: None,
         at_door: Callable[[ClientRequest], None] | None = None,
         bodies: BodyBudget | None = None,
     ) -> None:
@@ -198,8 +199,9 @@ class ClientConnection(asyncio.Protocol):
         body = openai_error.error_json(refusal.message, refusal.kind, refusal.status)
         reply = Reply(self._transport, self._parser.request, closing=True)
         retry_after = [] if refusal.retry_after_s is None else [(b"retry-after", b"%d" % refusal.retry_after_s)]
+        reply.headers.append((b"x-request-id", secrets.token_hex(16).encode()))
         reply.whole(refusal.status, b"application/json", body, retry_after)
-        self._on_refused()
+        self._on_refused(refusal)
         self._hang_up()
 
     def _hang_up(self) -> None:

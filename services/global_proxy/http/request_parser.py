@@ -37,6 +37,7 @@ class Refusal:
     kind: str
     message: str
     retry_after_s: int | None = None
+    reason: str = "invalid"  # as it is counted
 
 
 class RequestParser:
@@ -100,8 +101,10 @@ class RequestParser:
             self._refuse_head()
 
     def forget(self, request: ClientRequest) -> None:
-        """Its body is no longer held. Once for each request."""
-        self._bodies.num_bytes -= len(request.body)
+        """Its body is no longer held."""
+        self._bodies.num_bytes -= request.num_body_bytes
+        request.num_body_bytes = 0
+        request.body = bytearray()
 
     def forget_all(self) -> None:
         """The connection has ended: nobody will take what is left."""
@@ -109,7 +112,7 @@ class RequestParser:
             self.forget(request)
         self.ready.clear()
         if self.phase == "body":
-            self._drop_body()
+            self.forget(self.request)
 
     # llhttp's callbacks. One that raises would only be wrapped: they note what is wrong.
 
@@ -153,18 +156,19 @@ class RequestParser:
             return
         received = request.body
         received += body
+        request.num_body_bytes += len(body)
         bodies.num_bytes += len(body)
         if len(received) > self._max_body_bytes:
             self._refuse_body(self._max_body_bytes)
-            self._drop_body()
+            self.forget(request)
         elif bodies.num_bytes > bodies.max_bytes:
             self._refuse_for_now()
-            self._drop_body()
+            self.forget(request)
 
     def on_message_complete(self) -> None:
         self.phase = "idle"
         if self.refusal is not None or self.ended:
-            self._drop_body()
+            self.forget(self.request)
         else:
             self.ready.append(self.request)
 
@@ -220,15 +224,13 @@ class RequestParser:
 
     def _refuse_for_now(self) -> None:
         message = "The proxy holds as many request bodies as it may: send the request again"
-        self._refuse(503, "ServiceUnavailableError", message, _RETRY_AFTER_S)
+        self._refuse(503, "ServiceUnavailableError", message, _RETRY_AFTER_S, "overloaded")
 
-    def _refuse(self, status: int, kind: str, message: str, retry_after_s: int | None = None) -> None:
+    def _refuse(
+        self, status: int, kind: str, message: str, retry_after_s: int | None = None, reason: str = "invalid"
+    ) -> None:
         if self.refusal is None and not self.ended:
-            self.refusal = Refusal(status, kind, message, retry_after_s)
-
-    def _drop_body(self) -> None:
-        self.forget(self.request)
-        self.request.body.clear()
+            self.refusal = Refusal(status, kind, message, retry_after_s, reason)
 
 
 def _num_head_bytes(request: ClientRequest) -> int:

@@ -17,6 +17,7 @@ ENDPOINTS = (
     "/live",
     "/metrics",
     "/openapi.json",
+    "/docs",
 )
 STATUS_CODES = (*(int(status) for status in HTTPStatus), 499)  # 499 is nginx's: the client left
 

@@ -163,7 +163,7 @@ class Costs:
 
 
 def break_even_tokens(
-    prefill: Costs, decode: Costs, handoff_s: float, num_tokens_ahead: int = 0, num_streams: int = 0
+    prefill: Costs, decode: Costs, alone: Costs, handoff_s: float, num_tokens_ahead: int = 0, num_streams: int = 0
 ) -> int:
     """The longest prompt that D had better compute itself, in tokens; 0: always disaggregate.
 
@@ -173,14 +173,15 @@ def break_even_tokens(
 
     Args:
         prefill: costs of the P that would be chosen.
-        decode: costs of the D; its prefills are those of requests that came to D alone. Without any it passes for a P.
+        decode: costs of the D.
+        alone: whose prefills tell what a prompt costs on D: its own, which are those of requests that came to it alone;
+            or P's, where nothing is known of these.
         handoff_s: from P's answer to D's first token, observed.
         num_tokens_ahead: prompt tokens in flight at P.
         num_streams: requests in flight at D.
     """
     if not (prefill.has_prefill and decode.has_decode) or handoff_s < 0.0:
         return 0
-    alone = decode if decode.has_prefill else prefill
     gained_s = prefill.prefill_base_s + prefill.prefill_ahead_s * num_tokens_ahead + handoff_s - alone.prefill_base_s
     if gained_s <= 0.0:
         return 0

@@ -58,10 +58,6 @@ def test_where_engines_join(tmp_path: Path, changes: dict[str, Any], port: int |
             "deployment.proxy.control_port: port 9500 on 127.0.0.1 overlaps deployment.decode.group1.base_api_port "
             "(9500); give each its own ports",
         ),
-        (
-            {f"{PROXY}/listen_port": 65535},
-            "deployment.proxy.control_port: port 65536 is above 65535; write a lower port",
-        ),
     ],
 )
 def test_a_port_that_cannot_be(tmp_path: Path, changes: dict[str, Any], line: str) -> None:
@@ -73,9 +69,8 @@ def test_a_port_that_cannot_be(tmp_path: Path, changes: dict[str, Any], line: st
     assert lines(caught.value) == [line]
 
 
-def test_the_highest_listen_port_can_do_without(tmp_path: Path) -> None:
-    data = put(content(), f"{PROXY}/listen_port", 65535)
-    assert control_port(loaded(tmp_path, put(data, f"{PROXY}/control_port", 0))) is None
+def test_above_the_highest_listen_port_there_is_none(tmp_path: Path) -> None:
+    assert control_port(loaded(tmp_path, put(content(), f"{PROXY}/listen_port", 65535))) == 65534
 
 
 def test_the_proxy_listens_there_and_the_engines_are_told(tmp_path: Path) -> None:

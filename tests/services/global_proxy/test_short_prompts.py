@@ -91,6 +91,24 @@ def test_the_bound_follows_the_load(pools: Pools, monkeypatch: pytest.MonkeyPatc
     assert 0 < 4 * idle < short.min_prefill_tokens
 
 
+def test_a_bad_moment_of_d_is_not_held_against_it_for_ever(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+    (prefill,), (decode,) = pools.prefill.instances, pools.decode.instances
+    short = pools.short()
+    for num_tokens in (50, 500, 1000, 2000) * 20:
+        prefill.costs.observe_prefill(num_tokens, 0, 0.01 + num_tokens * 1e-4)
+        decode.costs.observe_decode(4, 4000, 0.02)
+        short.saw_handoff(0.05)
+    assert alone(short, 10) == 64, "taken for a P"
+    for _ in range(4):
+        decode.costs.observe_prefill(10, 0, 1.5)
+    now_s = 1.0
+    assert alone(short, 10) == 0
+    now_s = 61.0
+    assert alone(short, 10) == 64
+
+
 def test_with_nobody_there_there_is_no_bound(pools: Pools) -> None:
     pools.prefill.set_instances([])
     short = pools.short()

@@ -7,6 +7,7 @@ from services.global_proxy.http.body_budget import BodyBudget
 from services.global_proxy.http.client_connection import ClientConnection, ConnectionLimits
 from services.global_proxy.http.client_request import ClientRequest
 from services.global_proxy.http.reply import Reply
+from services.global_proxy.http.request_parser import Refusal
 from tests.services.global_proxy.http.fake_transport import FakeTransport
 
 
@@ -18,8 +19,10 @@ class Server:
         self.gate.set()
         self.body = b"ok"
         self.served: list[ClientRequest] = []
+        self.served_bodies: list[bytes] = []
         self.bodies = BodyBudget(10**6)
-        self.num_gone = self.num_lost = self.num_refused = 0
+        self.num_gone = self.num_lost = 0
+        self.refusals: list[Refusal] = []
         self.connections: set[ClientConnection] = set()
         self.ports: list[asyncio.Server] = []
 
@@ -36,6 +39,7 @@ class Server:
 
     async def _serve(self, request: ClientRequest, reply: Reply) -> None:
         self.served.append(request)
+        self.served_bodies.append(bytes(request.body))
         reply.on_client_gone = self._gone
         await self.gate.wait()
         reply.whole(200 if request.turned_away is None else 404, b"text/plain", self.body)
@@ -47,8 +51,8 @@ class Server:
     def _lost(self) -> None:
         self.num_lost += 1
 
-    def _refused(self) -> None:
-        self.num_refused += 1
+    def _refused(self, refusal: Refusal) -> None:
+        self.refusals.append(refusal)
 
 
 def _look(request: ClientRequest) -> None:

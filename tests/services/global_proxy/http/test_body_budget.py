@@ -83,6 +83,6 @@ async def test_a_body_for_which_there_is_no_room(server: Server) -> None:
     answer = transport.taken()
     assert statuses(answer) == [503]
     assert b"\r\nretry-after: 1\r\n" in answer
-    assert server.num_refused == 1
+    assert [refusal.reason for refusal in server.refusals] == ["overloaded"]
     transport.lost()
     assert server.bodies.num_bytes == 0

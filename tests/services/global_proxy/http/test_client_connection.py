@@ -34,7 +34,7 @@ async def test_slow_sender(
     answer = await rest(reader)
     assert statuses(answer)[-1] == 408
     assert b"The request %b did not arrive in time" % what in answer
-    assert server.num_refused == 1
+    assert [refusal.reason for refusal in server.refusals] == ["invalid"]
     sending.cancel()
     writer.close()
 
@@ -187,5 +187,5 @@ async def test_large_pieces_are_fed_in_small_ones(server: Server) -> None:
     async with asyncio.timeout(20):
         while len(server.served) < 2001:  # noqa: ASYNC110
             await asyncio.sleep(0)
-    assert server.served[0].body == body
+    assert server.served_bodies[0] == body
     transport.lost()

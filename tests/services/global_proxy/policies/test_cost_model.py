@@ -76,22 +76,22 @@ class TestBreakEven:
         return costs
 
     def test_where_d_alone_is_as_soon(self, prefill: Costs, decode: Costs) -> None:
-        assert break_even_tokens(prefill, decode, handoff_s=0.005) == pytest.approx(50, rel=0.3)
+        assert break_even_tokens(prefill, decode, decode, handoff_s=0.005) == pytest.approx(50, rel=0.3)
 
     def test_a_queue_at_p_makes_it_longer(self, prefill: Costs, decode: Costs) -> None:
-        one = break_even_tokens(prefill, decode, 0.005, num_tokens_ahead=30)
+        one = break_even_tokens(prefill, decode, decode, 0.005, num_tokens_ahead=30)
         assert one == pytest.approx(80, rel=0.3)
 
     def test_streams_on_d_are_held_up_by_a_few_tokens_time_at_most(self, prefill: Costs, decode: Costs) -> None:
-        assert break_even_tokens(prefill, decode, handoff_s=10.0) == pytest.approx(800, rel=0.2)
+        assert break_even_tokens(prefill, decode, decode, handoff_s=10.0) == pytest.approx(800, rel=0.2)
 
     def test_the_more_streams_there_are_to_hold_up_the_more_must_be_gained(self, prefill: Costs, decode: Costs) -> None:
-        bounds = [break_even_tokens(prefill, decode, 0.05, num_streams=num_streams) for num_streams in (1, 4)]
+        bounds = [break_even_tokens(prefill, decode, decode, 0.05, num_streams=num_streams) for num_streams in (1, 4)]
         assert bounds == [pytest.approx(0.05 / 2e-4, rel=0.2), pytest.approx(0.05 / 5e-4, rel=0.2)]
 
     def test_a_d_that_begins_later_than_p_has_handed_off_is_never_alone(self, prefill: Costs, decode: Costs) -> None:
         teach_prefill(decode, 0.5, 1e-4, num=400)
-        assert break_even_tokens(prefill, decode, handoff_s=0.005) == 0
+        assert break_even_tokens(prefill, decode, decode, handoff_s=0.005) == 0
 
     @pytest.mark.parametrize("missing", ["P", "D's answers"])
     def test_always_disaggregated_until_enough_was_seen(self, prefill: Costs, missing: str) -> None:
@@ -99,10 +99,10 @@ class TestBreakEven:
         teach_prefill(decode, 0.01, 2e-4)
         if missing != "D's answers":
             teach_decode(decode, 0.02, 1e-6)
-        assert break_even_tokens(Costs() if missing == "P" else prefill, decode, 0.005) == 0
+        assert break_even_tokens(Costs() if missing == "P" else prefill, decode, decode, 0.005) == 0
 
-    def test_a_d_that_was_given_no_prompt_yet_is_taken_for_a_p(self, prefill: Costs) -> None:
+    def test_a_d_of_whose_prompts_nothing_is_known_may_be_taken_for_a_p(self, prefill: Costs) -> None:
         decode = Costs()
         teach_decode(decode, 0.02, 1e-6)
-        bound = break_even_tokens(prefill, decode, 0.005, num_streams=1)
+        bound = break_even_tokens(prefill, decode, prefill, 0.005, num_streams=1)
         assert bound == pytest.approx(50, rel=0.3)

@@ -1,0 +1,5 @@
+import sys
+
+from ranktable.cli import main
+
+sys.exit(main())
