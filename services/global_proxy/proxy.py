@@ -37,7 +37,7 @@ from services.global_proxy.replay.continuer import Continuer
 from services.global_proxy.request_scope import InFlight
 from services.global_proxy.retries import RetryBudget
 from services.global_proxy.security.api_keys import ApiKeys
-from services.global_proxy.serving import Parts, Serving, new_id
+from services.global_proxy.serving import Parts, Serving, client_id_of, new_id
 from services.global_proxy.settings import Settings
 from services.global_proxy.settling import CLIENT_GONE_STATUS
 from services.global_proxy.short_prompts import ShortPrompts
@@ -46,7 +46,6 @@ from services.global_proxy.ways.choice import make_way
 logger = logging.getLogger(__name__)
 
 _BYTES_PER_TOKEN = 4  # a guess, for what goes to one engine alone
-_MAX_CLIENT_ID_BYTES = 256
 
 
 class Proxy:
@@ -140,10 +139,9 @@ class Proxy:
 
     async def _serve_other(self, request: ClientRequest, reply: Reply) -> None:
         """What is no completion, and what the door turned away. What monitors ask for is not logged."""
-        client_id = request.headers.get(b"x-request-id")
         record = RequestRecord(id=new_id(), path=request.path)
-        record.client_id = None if client_id is None else client_id[:_MAX_CLIENT_ID_BYTES].decode("latin-1")
-        reply.headers.append((b"x-request-id", client_id or record.id.encode()))
+        record.client_id = client_id_of(request)
+        reply.headers.append((b"x-request-id", request.headers.get(b"x-request-id") or record.id.encode()))
         is_logged = False
         try:
             if request.turned_away is not None:

@@ -119,7 +119,7 @@ class Serving:
     def _receive(self, request: ClientRequest, record: RequestRecord, trace: RequestTrace, key: ApiKey | None) -> Call:
         """Check the request, and note all that the legs need. Raises InvalidRequestError, RateLimitError."""
         headers = request.headers
-        record.client_id = _text(headers.get(b"x-request-id"))
+        record.client_id = client_id_of(request)
         body = parse_body(bytes(request.body), self._settings.max_n)
         request.body = bytearray()  # the parsed one is a copy, and one is enough
         lines = b"content-type: application/json\r\nx-request-id: %b\r\n" % record.id.encode()
@@ -243,16 +243,14 @@ class Serving:
         except ProxyError:
             raise lost from None
         try:
-            if not opened.answer.head.is_stream:
-                raise lost
-            await _stream(opened, following.sink, reply)
+            if opened.answer.head.is_stream:
+                await _stream(opened, following.sink, reply)
+                return None
         except DiedError as another:
-            if another is lost:
-                raise
             return another
         finally:
             opened.close()
-        return None
+        raise lost
 
     def _note_speed(
         self, instance: Instance, relay: StreamRelay, record: RequestRecord, load_before: tuple[int, int]
@@ -284,5 +282,7 @@ def new_id() -> str:
     return f"{_ids.getrandbits(128):032x}"
 
 
-def _text(value: bytes | None) -> str | None:
+def client_id_of(request: ClientRequest) -> str | None:
+    """The client's own X-Request-Id, as it is logged."""
+    value = request.headers.get(b"x-request-id")
     return None if value is None else value[:_MAX_CLIENT_ID_BYTES].decode("latin-1")
