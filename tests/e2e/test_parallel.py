@@ -43,7 +43,10 @@ def test_dp_ranks_share_the_requests(two_dp_ranks: Deployment, plain_tiny: Serve
         body = completion(text)
         assert choices(two_dp_ranks.proxy.post(COMPLETIONS, body)) == choices(plain_tiny.post(COMPLETIONS, body))
     after = [server.metric("vllm:request_success_total") for server in ranks]
-    assert [b - a for a, b in zip(before, after, strict=True)] == [4, 4, 4, 4]
+    shares = [b - a for a, b in zip(before, after, strict=True)]
+    assert sum(shares[:2]) == sum(shares[2:]) == len(_texts())
+    # In turn, unless a rank was passed over while it was slow to answer its health check.
+    assert min(shares) >= len(_texts()) / 2 - 2
     assert eventually(two_dp_ranks.prefill_is_idle, 2)
 
 
