@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SITE := $(VENV)/lib/python3.11/site-packages
 CONFIG ?= configs/demo.yaml
 
-.PHONY: demo serve test check install lock proto bench-start bench-proxy bench-serving bench-waits bench-tokenise bench-kv bench-overlap system-deps clean
+.PHONY: demo serve test check install lock proto bench-start bench-proxy bench-serving bench-waits bench-tokenise bench-kv bench-overlap system-deps wheels clean
 
 demo: install
 	$(BIN)/omni_cli demo
@@ -54,8 +54,9 @@ bench-overlap: install
 
 # Debian packages beyond Python 3.11 for all of the tests and benchmarks, some of which are skipped without them:
 # Mooncake's library, network namespaces to cut links in, and for bench-proxy load, a peer, and a compiler for its stand-in
-# engines. Needs root; omni itself needs none of them.
-SYSTEM_DEPS := libibverbs1 iproute2 iptables wrk nginx-light gcc libc6-dev
+# engines; sshd for hosts in such namespaces, as the Ansible backend's test has them; libnuma1, which vLLM's CPU library
+# loads and few machines lack. Needs root; omni itself needs that last one alone.
+SYSTEM_DEPS := libnuma1 libibverbs1 iproute2 iptables openssh-server wrk nginx-light gcc libc6-dev
 system-deps:
 	@dpkg -s $(SYSTEM_DEPS) >/dev/null 2>&1 || { \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SYSTEM_DEPS); }
@@ -81,6 +82,10 @@ lock:
 	printf '%s\n' '# Made by `make lock` from pyproject.toml: all of the extras cpu and dev, for Python 3.11 on Linux. Install with --no-deps.' > requirements/cpu.lock.new
 	uv pip compile pyproject.toml --extra cpu --extra dev --python-version 3.11 --no-header --no-annotate -q >> requirements/cpu.lock.new
 	mv requirements/cpu.lock.new requirements/cpu.lock
+
+# Wheels for hosts without a package index, in build/dist.
+wheels:
+	build/build.sh
 
 # The control plane's messages, after a change of its .proto.
 proto: install

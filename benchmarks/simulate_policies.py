@@ -49,7 +49,7 @@ def compare(case: Case, load: float, num_requests: int | None, seed: int) -> Ite
         return Simulation(case, names["prefill"], names["decode"]).run(trace)
 
     common = serve(_DEFAULTS)
-    for role in get_args(Role):
+    for role in _DEFAULTS:
         num_instances = case.num_prefill if role == "prefill" else case.num_decode
         for policy in policy_names(role) if num_instances > 1 else (_DEFAULTS[role],):
             outcome = common if policy == _DEFAULTS[role] else serve({**_DEFAULTS, role: policy})

@@ -9,6 +9,7 @@ import math
 import os
 import selectors
 import signal
+import ssl
 import sys
 import time
 from collections import deque
@@ -16,8 +17,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
-from urllib.request import ProxyHandler, build_opener
+from urllib.request import HTTPSHandler, ProxyHandler, build_opener
 
+from omni.deployment.restart_request import take_restart
 from omni.deployment.run_state import ProcessState, RunFolder
 from omni.process import remove_traces
 from omni.rotating_log import RotatingLog
@@ -33,7 +35,10 @@ _LAST_LINES = 12
 _LINE_BYTES = 500  # of each of them
 
 # Children listen on this machine: a proxy named by $http_proxy must not be asked for them.
-_opener = build_opener(ProxyHandler({}))
+# Nothing is told them, so whom a certificate names does not matter.
+_unverified = ssl.create_default_context()
+_unverified.check_hostname, _unverified.verify_mode = False, ssl.CERT_NONE
+_opener = build_opener(ProxyHandler({}), HTTPSHandler(context=_unverified))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +89,7 @@ class _Supervised:
         self.num_short_runs = 0  # in a row
         self.was_ever_ready = False
         self.is_leaving = False  # told to stop while the others go on
+        self.is_restarting = False  # told to stop, to be started at once
         self._folder = folder
         self.state = ProcessState(name=child.name, since_unix_s=time.time())
 
@@ -96,8 +102,13 @@ class _Supervised:
 
     def forget(self) -> None:
         self.log.close()
+        self.take_restart()
         with contextlib.suppress(OSError):
             self._folder.remove_process(self.child.name)
+
+    def take_restart(self) -> bool:
+        """Whether somebody has asked for it; see `omni.deployment.restart_request`."""
+        return take_restart(self._folder, self.child.name)
 
 
 class Supervisor:
@@ -108,6 +119,8 @@ class Supervisor:
         ready once is started again for as long as it takes: the others keep serving.
     on_tick: called some times a second until it returns False.
     on_request: called after each SIGUSR1, from the loop; it may `add` children and `stop` some.
+
+    SIGUSR1 also restarts the children for which that was asked in the folder.
     """
 
     def __init__(
@@ -134,7 +147,7 @@ class Supervisor:
         wake_reader, wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._selector.register(wake_reader, selectors.EVENT_READ, None)
         handled = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-        handled += [signal.SIGUSR1] if self._on_request else []
+        handled.append(signal.SIGUSR1)
         previous = {number: signal.signal(number, self._on_signal) for number in handled}
         previous_fd = signal.set_wakeup_fd(wake_writer, warn_on_full_buffer=False)
         try:
@@ -143,9 +156,9 @@ class Supervisor:
             while self._stop_signal is None and not self.gave_up:
                 self._wait_and_handle(self._seconds_to_timer())
                 self._run_timers()
-                if self._is_requested and self._on_request is not None:
+                if self._is_requested:
                     self._is_requested = False
-                    self._on_request(self)
+                    self._do_what_is_asked()
         finally:
             self._stop_all()
             signal.set_wakeup_fd(previous_fd)
@@ -177,6 +190,26 @@ class Supervisor:
         else:
             _tell_to_stop(supervised.running, supervised.child)
 
+    def restart(self, name: str) -> None:
+        """Start one again at once: after it has stopped, if it runs; also one that waits or was given up."""
+        supervised = next(s for s in self._supervised if s.child.name == name and not s.is_leaving)
+        if supervised.is_restarting:
+            return
+        num_restarts = supervised.state.restarts + 1
+        supervised.set_state(state="restarting", message="restarts on request", restarts=num_restarts)
+        if supervised.running is None:
+            self._start_afresh(supervised)
+        else:
+            supervised.is_restarting = True
+            _tell_to_stop(supervised.running, supervised.child)
+
+    def _do_what_is_asked(self) -> None:
+        if self._on_request is not None:
+            self._on_request(self)
+        for supervised in self._supervised:
+            if not supervised.is_leaving and supervised.take_restart():
+                self.restart(supervised.child.name)
+
     def _drop(self, supervised: _Supervised) -> None:
         self._supervised.remove(supervised)
         supervised.forget()
@@ -189,8 +222,15 @@ class Supervisor:
 
     # --- start and end of a process
 
+    def _start_afresh(self, supervised: _Supervised) -> None:
+        """As if it had never ended by itself."""
+        supervised.is_restarting = False
+        supervised.num_short_runs = 0
+        self._start(supervised)
+
     def _start(self, supervised: _Supervised) -> None:
         supervised.restart_at = None
+        supervised.take_restart()  # what was asked of an earlier process is done herewith
         now = time.monotonic()
         try:
             reader, writer = os.pipe2(os.O_CLOEXEC)
@@ -236,8 +276,11 @@ class Supervisor:
         if running.output is not None:  # what it wrote last: a pipe holds no more than one read takes
             self._on_output(supervised)
         code = self._reap(supervised)
-        if supervised.is_leaving and self._stop_signal is None and not self.gave_up:
+        goes_on = self._stop_signal is None and not self.gave_up
+        if supervised.is_leaving and goes_on:
             self._drop(supervised)
+        elif supervised.is_restarting and goes_on:
+            self._start_afresh(supervised)
         if running.kill_at is not None:
             return
         if running.ready_since is not None and time.monotonic() - running.ready_since > _STEADY_S:
@@ -321,6 +364,7 @@ class Supervisor:
     def _stop_all(self) -> None:
         """SIGTERM to all, the last started first; go on logging while they end; SIGKILL to what does not."""
         for supervised in reversed(self._supervised):
+            supervised.is_restarting = False
             if supervised.running is not None:
                 _tell_to_stop(supervised.running, supervised.child)
         while stopping := [s.running for s in self._supervised if s.running is not None]:

@@ -1,7 +1,8 @@
 """Runs engines of one deployment on this host: imports vLLM once, forks and supervises one api server per DP rank.
 
-`python -m services.engine_host --config FILE` runs every prefill and decode group;
-`python -m services.prefill --config FILE --group group1` (or services.decode) runs one.
+`python -m services.engine_host --config FILE` runs every group; with `--on HOST` what the file has on that host.
+`python -m services.prefill --config FILE --group group1` (or services.decode, services.mixed) runs one group; where a
+cluster gives out addresses, `--listen` and `--join` say where it is and which proxies it joins.
 """
 
 import argparse
@@ -15,17 +16,22 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from kv_transfer.auth import default_key_path, load_key, load_or_make_key
+from kv_transfer.auth import DeploymentKey, default_key_path, load_key, load_or_make_key
 from omni.adaptors.vllm import api_server, fork_start
 from omni.adaptors.vllm.load_report import LoadReader, vllm_version
+from omni.deployment.backends.local import RUN_NAME
 from omni.deployment.engines_file import read_engines, write_engines
 from omni.deployment.errors import DeploymentError
+from omni.deployment.groups import Pool
 from omni.deployment.load import load_plan
-from omni.deployment.plan_types import LaunchPlan, ProcessPlan, Role
+from omni.deployment.machine import interface_of
+from omni.deployment.plan_types import LaunchPlan, ProcessPlan
+from omni.deployment.relocate import Relocation
 from omni.deployment.run_state import RunFolder
 from omni.process import die_with_parent, mark_traces, obey_parent, remove_traces
 from omni.supervisor import STOP_SIGNALS, Child, Supervisor
 from services.instance_agent import AgentSettings, InstanceAgent
+from services.node_link import FirstNode, join_first_node
 
 # What vLLM logs on its way up, how far that is, and what it is doing then.
 STAGES = (
@@ -38,33 +44,46 @@ STAGES = (
 )
 
 
-def main(role: Role | None = None) -> int:
+def main(role: Pool | None = None) -> int:
     obey_parent()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until the supervisor listens; it reads what there shall be then
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="deployment file")
-    if role is not None:
-        parser.add_argument("--group", required=True, help="the group to run, for example group1")
-    args = parser.parse_args()
+    args = _parser(role).parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        plan = load_plan(args.config)
-        engines = _engines(plan, role, getattr(args, "group", None))
+        plan, engines = _engines(args, role)
     except DeploymentError as error:
         print(error, file=sys.stderr)
         return 2
     return run(plan, engines)
 
 
+def _parser(role: Pool | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="deployment file")
+    if role is None:
+        parser.add_argument("--on", metavar="HOST", help="this machine, as the file names it")
+        return parser
+    parser.add_argument("--group", required=True, help="the group to run, for example group1")
+    parser.add_argument("--listen", metavar="ADDRESS", help="this machine's, if not the one in the file")
+    parser.add_argument(
+        "--join", action="append", default=[], metavar="HOST:PORT", help="with --listen: a proxy's control port"
+    )
+    parser.add_argument("--node", type=int, default=0, help="with --listen: which of the group's hosts this is")
+    parser.add_argument("--master", metavar="ADDRESS", help="with --node: that of node 0")
+    parser.add_argument("--base-api-port", type=int, help="with --listen: instead of the file's")
+    return parser
+
+
 def run(plan: LaunchPlan, engines: tuple[ProcessPlan, ...]) -> int:
-    """Supervise these engines until SIGTERM; returns the exit code. All of a deployment's can be scaled."""
+    """Supervise these engines until SIGTERM; returns the exit code. All of a local deployment's can be scaled."""
     remove_traces()
     eager = all("--enforce-eager" in engine.command for engine in engines)
     fork_start.exec_with(fork_start.exec_environment(eager=eager))
-    folder = RunFolder.of(plan.name)
+    folder = RunFolder.of(os.environ.get(RUN_NAME) or plan.folder_name)
     fork_start.import_vllm(plan.model_path)
     deployment = folder.deployment()
-    if deployment is None or not deployment.is_running or engines != plan.processes[:-1]:  # nobody could ask for others
+    is_whole = engines == plan.engines and plan.proxy_elsewhere is None
+    if deployment is None or not deployment.is_running or not is_whole:  # nobody could ask for others
         return Supervisor([_child(plan, engine) for engine in engines], folder).run()
     scaled = read_engines(folder)  # if this host was started again
     if scaled is None:
@@ -78,7 +97,7 @@ def _child(plan: LaunchPlan, engine: ProcessPlan, *, is_optional: bool = False) 
         name=engine.name,
         start=partial(_fork, partial(_serve, plan, engine)),
         log_file=engine.log_file,
-        ready_url=f"{engine.url}/health",
+        ready_url=f"{engine.leader_url or engine.url}/health",
         stages=STAGES,
         is_optional=is_optional,
     )
@@ -97,23 +116,55 @@ def _scale(plan: LaunchPlan, folder: RunFolder, supervisor: Supervisor) -> None:
             supervisor.add(_child(plan, engine, is_optional=True))
 
 
-def _engines(plan: LaunchPlan, role: Role | None, group: str | None) -> tuple[ProcessPlan, ...]:
-    if role is None or group is None:
-        return tuple(process for process in plan.processes if process.role != "proxy")
-    engines = plan.instance(role, group)
+def _engines(args: argparse.Namespace, role: Pool | None) -> tuple[LaunchPlan, tuple[ProcessPlan, ...]]:
+    """The plan and those of its engines that run here."""
+    if role is None:
+        plan = load_plan(args.config, on=args.on)
+        part = plan if args.on is None else plan.part(args.on, "engines")
+        return part, part.engines
+    if args.listen is None:
+        plan = load_plan(args.config)
+        engines = plan.instance(role, args.group)
+    else:
+        relocation = Relocation(
+            role=role,
+            group=args.group,
+            listen=args.listen,
+            join=tuple(args.join),
+            node=args.node,
+            master=args.master,
+            base_api_port=args.base_api_port,
+        )
+        plan = load_plan(args.config, relocation=relocation)
+        engines = tuple(engine for engine in plan.instance(role, args.group) if engine.host == args.listen)
     if not engines:
         groups = sorted({process.group for process in plan.processes if process.role == role})
-        raise DeploymentError(f"--group: there is no {role} group {group!r}; the deployment file has {groups}")
-    return engines
+        raise DeploymentError(f"--group: there is no {role} group {args.group!r}; the deployment file has {groups}")
+    return plan, engines
 
 
 def _serve(plan: LaunchPlan, engine: ProcessPlan) -> None:
     os.environ.update(engine.env)
+    if "VLLM_HOST_IP" in engine.env and (interface := interface_of(engine.host)):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)  # else gloo goes by the host's name
+    key = load_or_make_key(default_key_path()) if plan.key_file is None else load_key(plan.key_file)
+    if engine.link_address is not None:
+        _hold_on_to_other_nodes(engine, engine.link_address, key)
+    if engine.is_headless:
+        api_server.work_for_another_host(engine.arguments)
+        return
     if not plan.control_addresses:
         api_server.serve(engine.arguments)
         return
-    key = load_or_make_key(default_key_path()) if plan.key_file is None else load_key(plan.key_file)
     api_server.serve(engine.arguments, partial(InstanceAgent, _agent_settings(plan, engine), key, LoadReader()))
+
+
+def _hold_on_to_other_nodes(engine: ProcessPlan, link_address: str, key: DeploymentKey) -> None:
+    host, _, port = link_address.rpartition(":")
+    if engine.is_headless:
+        join_first_node((host, int(port)), engine.node_rank, key)
+    else:
+        FirstNode((host, int(port)), key)
 
 
 def _agent_settings(plan: LaunchPlan, engine: ProcessPlan) -> AgentSettings:

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 _ANSWER_S: Final = 5.0  # for each step of joining
 _LEAVE_S: Final = 2.0  # for all proxies at once
 _READY_INTERVAL_S: Final = 0.2
+_SAY_UNREADY_AFTER_S: Final = 30.0
 _FIRST_BACKOFF_S: Final = 0.2
 _LAST_BACKOFF_S: Final = 10.0
 _BUSY_REPORTS: Final = 4  # looks at the load of a busy engine within the proxy's report interval
@@ -61,11 +62,12 @@ class AgentSettings:
     """What the instance is, and whom it joins.
 
     Attributes:
-        proxies: HOST:PORT of each proxy's control plane.
+        proxies: HOST:PORT of each proxy's control plane. A name is looked up again each time.
         url: http://HOST:PORT of the instance, as the proxies reach it.
         kv_address: HOST:PORT of a P in layer-wise mode.
         bootstrap_url: of a P with Mooncake's connector.
-        kv_events: HOST:PORT where a P publishes what its prefix cache holds.
+        role: prefill, decode or mixed.
+        kv_events: HOST:PORT where it publishes what its prefix cache holds; not of a D.
         facts: what all instances must agree in: model, engine version, dtype, connector...
     """
 
@@ -153,15 +155,21 @@ class InstanceAgent:
             logger.exception("proxy %s: the instance's agent has failed", proxy)
 
     async def _until_ready(self) -> bool:
-        """Whether the instance listens now; False when it leaves first."""
-        address = urlsplit(self._settings.url)
+        """Whether the instance listens now; False when it leaves first. Says once that it has waited for long."""
+        url = self._settings.url
+        address = urlsplit(url)
+        give_word_s = time.monotonic() + _SAY_UNREADY_AFTER_S
         while not self._leaving.is_set():
             try:
                 async with asyncio.timeout(_ANSWER_S):
                     _, writer = await asyncio.open_connection(address.hostname, address.port)
                 writer.close()
                 return True
-            except (OSError, TimeoutError):
+            except (OSError, TimeoutError) as error:
+                if time.monotonic() >= give_word_s:
+                    give_word_s = float("inf")
+                    why = str(error) or "no answer"
+                    logger.warning("%s does not listen yet (%s), so proxies are not joined; waiting", url, why)
                 await self._wait(_READY_INTERVAL_S)
         return False
 

@@ -20,6 +20,11 @@ _MAX_ANSWER_BYTES: Final = 8 << 20
 _opener = build_opener(ProxyHandler({}))
 
 
+def admin_token(key: DeploymentKey) -> str:
+    """The admin API's bearer token: whoever holds the deployment key can make it."""
+    return key.mac(_TOKEN_PURPOSE).hex()
+
+
 class AdminClient:
     """Args:
     proxy_url: http://HOST:PORT of the proxy.
@@ -29,7 +34,7 @@ class AdminClient:
 
     def __init__(self, proxy_url: str, key: DeploymentKey) -> None:
         self._url = f"{proxy_url.rstrip('/')}/admin/v1"
-        self._token = key.mac(_TOKEN_PURPOSE).hex()
+        self._token = admin_token(key)
 
     def state(self) -> dict[str, Any]:
         """Instances with their load, policies, requests in flight and queued."""
@@ -39,8 +44,21 @@ class AdminClient:
         instances: list[dict[str, Any]] = self._call("GET", "/instances")["instances"]
         return instances
 
-    def add(self, role: str, url: str, kv_address: str | None = None, bootstrap_url: str | None = None) -> None:
-        fields = {"role": role, "url": url, "kv_address": kv_address, "bootstrap_url": bootstrap_url}
+    def add(
+        self,
+        role: str,
+        url: str,
+        kv_address: str | None = None,
+        bootstrap_url: str | None = None,
+        kv_events: str | None = None,
+    ) -> None:
+        fields = {
+            "role": role,
+            "url": url,
+            "kv_address": kv_address,
+            "bootstrap_url": bootstrap_url,
+            "kv_events": kv_events,
+        }
         self._call("POST", "/instances", {name: value for name, value in fields.items() if value is not None})
 
     def drain(self, name: str) -> dict[str, Any]:

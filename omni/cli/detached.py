@@ -15,8 +15,11 @@ from omni.deployment.plan_types import LaunchPlan
 _READY_TIMEOUT_S = 900.0  # large models load for minutes; an engine that fails is noticed at once
 
 
-def start(plan: LaunchPlan, console: Console) -> None:
+def start(plan: LaunchPlan, console: Console, *, on: str | None = None, part: str | None = None) -> None:
     """Returns when every process is ready.
+
+    Args:
+        on: the host whose part the plan is, and `part` which one: as for `omni_cli serve`.
 
     Whoever waits no longer (Ctrl-C) stops what was started.
 
@@ -24,9 +27,10 @@ def start(plan: LaunchPlan, console: Console) -> None:
         DeploymentError: it is running already, or the launcher ended; the message has the end of its log.
     """
     folder = claim_folder(plan)
-    log_file = plan.proxy.log_file.with_name("launcher.log")
+    log_file = plan.proxy.log_file.with_name("launcher.log" if part is None else f"launcher.{part}.log")
     log_file.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "omni.cli.main", "serve", "--quiet", str(plan.config_file)]
+    command += [word for flag, value in (("--on", on), ("--part", part)) if value is not None for word in (flag, value)]
     with log_file.open("wb") as log:
         launcher = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -48,7 +52,9 @@ def _wait_until_ready(
     while progress.update():
         if launcher.poll() is not None:
             end = log_file.read_text(errors="replace")[-3000:]
-            raise DeploymentError(f"{plan.name} did not start:\n{end}\n(all of it: {log_file})")
+            raise DeploymentError(f"{plan.folder_name} did not start:\n{end}\n(all of it: {log_file})")
         if time.monotonic() > deadline:
-            raise DeploymentError(f"{plan.name} was not ready after {_READY_TIMEOUT_S:.0f} s; see {log_file.parent}")
+            raise DeploymentError(
+                f"{plan.folder_name} was not ready after {_READY_TIMEOUT_S:.0f} s; see {log_file.parent}"
+            )
         time.sleep(0.1)

@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 import psutil
 
+from omni.deployment.backends import remote_backend
 from omni.deployment.errors import DeploymentError
 from omni.deployment.run_state import DeploymentState, ProcessState, RunFolder, running_deployments
 from omni.process import start_ticks
@@ -36,7 +37,13 @@ def find(name: str | None) -> DeploymentState:
 
 
 def process_states(deployment: DeploymentState) -> list[ProcessState]:
-    """One state for each process of the plan, in its order; "starting" for those not begun."""
+    """One state for each process of the plan, in its order; "starting" for those not begun.
+
+    Raises:
+        DeploymentError: the hosts of a remote backend cannot be asked.
+    """
+    if deployment.backend != "local":
+        return remote_backend(deployment.backend).process_states(deployment)
     states = RunFolder.of(deployment.name).processes()
     return [_present(states.get(name, ProcessState(name=name))) for name in deployment.process_names]
 

@@ -1,7 +1,7 @@
 """`omni_cli scale`: see, add, drain and remove instances of a running deployment, with no failed request.
 
-`omni_cli scale prefill=3 decode=2` starts and stops engines on this machine. The other commands speak to the proxy
-alone: the instances may run anywhere.
+`omni_cli scale prefill=3 decode=2` starts and stops engines, here or where the backend has them. The other commands
+speak to the proxy alone: the instances may run anywhere.
 """
 
 import json
@@ -22,11 +22,13 @@ from kv_transfer.auth import default_key_path, load_key
 from omni.cli import running
 from omni.cli.admin_client import AdminClient
 from omni.cli.clear_errors import clear_errors
+from omni.deployment.backends import remote_backend
 from omni.deployment.backends.local import ENGINE_HOST
 from omni.deployment.deployment_file import load_deployment
 from omni.deployment.engines_file import Engines, read_engines, write_engines
 from omni.deployment.errors import DeploymentError
 from omni.deployment.groups import Pool
+from omni.deployment.line_numbers import naming_lines
 from omni.deployment.model import KvTransfer
 from omni.deployment.plan_types import ProcessPlan
 from omni.deployment.run_state import DeploymentState, ProcessState, RunFolder
@@ -87,7 +89,7 @@ def list_instances(
 @app.command()
 @clear_errors
 def add(
-    role: Annotated[str, typer.Argument(help="prefill or decode")],
+    role: Annotated[str, typer.Argument(help="prefill, decode or mixed")],
     instance_url: Annotated[str, typer.Argument(metavar="URL", help="http://HOST:PORT of its api server")],
     kv_address: Annotated[str | None, typer.Option(help="HOST:PORT; layer-wise prefill")] = None,
     bootstrap_url: Annotated[str | None, typer.Option(help="Mooncake prefill")] = None,
@@ -131,10 +133,18 @@ def to(
     force: Force = False,
     name: DeploymentName = None,
 ) -> None:
-    """Start or stop engines on this machine until there are so many groups of a role."""
+    """Start or stop engines until there are so many groups of a role."""
     num_groups = parse_counts(counts)
     deployment = running.find(name)
+    if deployment.backend != "local":
+        with naming_lines(Path(deployment.config_file)):
+            remote_backend(deployment.backend).scale(deployment, num_groups, wait_s, _say)
+        return
     _LocalScaling.of(deployment).scale(num_groups, wait_s=wait_s, by_force=force)
+
+
+def _say(text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def parse_counts(counts: Collection[str]) -> dict[Pool, int]:
@@ -143,7 +153,9 @@ def parse_counts(counts: Collection[str]) -> dict[Pool, int]:
     for word in counts:
         role, _, number = word.partition("=")
         if role not in get_args(Pool) or not number.isdecimal() or role in num_groups:
-            raise DeploymentError(f"{word!r}: write each of prefill=N and decode=N at most once, N a whole number")
+            raise DeploymentError(
+                f"{word!r}: write each of prefill=N, decode=N and mixed=N at most once, N a whole number"
+            )
         num_groups[cast(Pool, role)] = int(number)
     return num_groups
 

@@ -8,6 +8,7 @@ import psutil
 
 from kv_transfer.auth import default_key_path, load_key, load_or_make_key
 from omni.deployment.errors import MachineError, Problem, raise_any
+from omni.deployment.line_numbers import naming_lines
 from omni.deployment.machine import Machine, this_machine
 from omni.deployment.memory import GIB
 from omni.deployment.plan_types import LaunchPlan, ProcessPlan
@@ -31,7 +32,8 @@ def check_machine(plan: LaunchPlan, machine: Machine | None = None) -> None:
         *_port_problems(plan),
         *_memory_problems(plan, machine),
     ]
-    raise_any(found, MachineError)
+    with naming_lines(plan.config_file):
+        raise_any(found, MachineError)
 
 
 def _model_problems(plan: LaunchPlan) -> Iterator[Problem]:
@@ -76,6 +78,8 @@ def _port_problems(plan: LaunchPlan) -> Iterator[Problem]:
 
 def _ports(process: ProcessPlan) -> Iterator[tuple[str, int]]:
     """What the process listens on, each with the key that decides it."""
+    if process.is_headless:
+        return
     yield ("base_api_port" if process.group else "listen_port"), process.port
     if process.kv_port is not None:
         yield "base_kv_port", process.kv_port
@@ -84,6 +88,9 @@ def _ports(process: ProcessPlan) -> Iterator[tuple[str, int]]:
     if process.event_port is not None:
         yield "base_event_port", process.event_port
         yield "base_event_port", process.event_port + 1
+    if process.link_address is not None and not process.is_headless:
+        link_port = int(process.link_address.rpartition(":")[2])
+        yield from (("master_port", link_port - 1), ("master_port", link_port))
     if process.dp_rank == 0 and "--data-parallel-rpc-port" in process.command:
         yield "master_port", int(process.env["VLLM_DP_MASTER_PORT"])
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from omni.deployment.errors import Problem
 from omni.deployment.groups import GroupSettings
-from omni.deployment.model import KvConnector, KvTransfer
+from omni.deployment.layout import Rank
+from omni.deployment.model import KvConnector, KvTransfer, Platform, Services
+from omni.deployment.switches import switch_arguments
 
 API_SERVER = "omni.adaptors.vllm.api_server"
 MOONCAKE_ON_CPU = "omni.adaptors.vllm.mooncake_on_cpu.MooncakeOnCpu"
@@ -53,6 +55,10 @@ _NEVER = (
     "--data-parallel-external-lb",
     "--data-parallel-hybrid-lb",
     "--data-parallel-multi-port-external-lb",
+    "--nnodes",
+    "--node-rank",
+    "--master-addr",
+    "--master-port",
 )
 _SHORT = {
     "-dp": "--data-parallel-size",
@@ -64,10 +70,12 @@ _SHORT = {
 
 @dataclass(frozen=True, kw_only=True)
 class EngineCommand:
-    """Everything that goes into one api server's command line."""
+    """Everything that goes into one api server's command line, or that of a further node of its DP rank."""
 
     group: GroupSettings
     dp_rank: int
+    node_rank: int
+    nodes: Rank  # the hosts of this DP rank
     name: str  # the process's: "prefill.group1.rank0"
     deployment_name: str
     host: str
@@ -77,10 +85,10 @@ class EngineCommand:
     dtype: str
     max_model_len: int  # tokens
     kv_bytes_per_worker: int | None  # None: vLLM measures the device
-    kv_transfer: KvTransfer
+    services: Services
     kv_port: int | None  # of this rank; None: none is planned
     event_port: int | None  # where this rank publishes KV events, and on the next one repeats them; None: nowhere
-    is_cpu: bool
+    platform: Platform
     is_moe: bool
 
     def argv(self) -> tuple[str, ...]:
@@ -97,6 +105,8 @@ class EngineCommand:
 
     def kv_env(self) -> Mapping[str, str]:
         """What vLLM's own connectors read from the environment."""
+        if self.group.role == "mixed":
+            return {}
         if self.kv_transfer.connector == "mooncake":
             bootstrap = {} if self.kv_port is None else {"VLLM_MOONCAKE_BOOTSTRAP_PORT": str(self.kv_port)}
             return {"VLLM_HOST_IP": self.host, **bootstrap}
@@ -113,6 +123,14 @@ class EngineCommand:
         return written or (MAX_NUM_SEQS_CPU if self.is_cpu else None)
 
     @property
+    def is_cpu(self) -> bool:
+        return self.platform == "cpu"
+
+    @property
+    def kv_transfer(self) -> KvTransfer:
+        return self.services.kv_transfer
+
+    @property
     def _is_in_step(self) -> bool:
         return self.is_moe and self.group.data_parallel_size > 1
 
@@ -126,7 +144,8 @@ class EngineCommand:
         yield from ("--tensor-parallel-size", str(self.group.tensor_parallel_size))
         if self.group.pipeline_parallel_size > 1:
             yield from ("--pipeline-parallel-size", str(self.group.pipeline_parallel_size))
-        yield from ("--kv-transfer-config", json.dumps(self._kv_transfer_config()))
+        if self.group.role != "mixed":
+            yield from ("--kv-transfer-config", json.dumps(self._kv_transfer_config()))
         if self.event_port is not None:
             yield from ("--kv-events-config", json.dumps(self._kv_events_config(self.event_port)))
         # Without it vLLM kills its EngineCore at once, which then cannot clean up.
@@ -135,6 +154,9 @@ class EngineCommand:
             yield from ("--kv-cache-memory-bytes", str(self.kv_bytes_per_worker))
         if self._is_in_step:
             yield from self._data_parallel_arguments()
+        if len(self.nodes) > 1:
+            yield from self._node_arguments()
+        yield from switch_arguments(self.services, self.group.role, self.platform)
         if self.group.role == "decode":
             yield from self._decode_defaults()
         if self.is_cpu:
@@ -151,7 +173,7 @@ class EngineCommand:
             yield from ("--worker-extension-cls", MOONCAKE_ON_CPU)
         if "--max-num-seqs" not in written:
             yield from ("--max-num-seqs", str(MAX_NUM_SEQS_CPU))
-        if written & {"--enforce-eager", "--no-enforce-eager"}:
+        if written & {"--enforce-eager", "--no-enforce-eager"} or self.services.graph_mode is not None:
             return
         if self.group.pipeline_parallel_size > 1:
             # Eager too, but in a mode in which vLLM warms up: without that, its second stage on a CPU has no room for
@@ -171,6 +193,14 @@ class EngineCommand:
         yield from ("--data-parallel-rpc-port", str(self.group.master_port))
         yield "--data-parallel-external-lb"
         yield "--enable-expert-parallel"
+
+    def _node_arguments(self) -> Iterator[str]:
+        yield from ("--nnodes", str(len(self.nodes)))
+        yield from ("--node-rank", str(self.node_rank))
+        yield from ("--master-addr", self.nodes[0].host)
+        yield from ("--master-port", str(self.group.master_port_of(self.nodes[0].host)))
+        if self.node_rank > 0:
+            yield "--headless"
 
     def _kv_transfer_config(self) -> dict[str, object]:
         # Mooncake's connector remembers for ever where an engine of some id is: a new start needs a new id, vLLM's own.

@@ -5,8 +5,9 @@ DeploymentError (ValueError)
     └── MachineError    the file is good, but this machine cannot run it now
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Self
 
 
 @dataclass(frozen=True)
@@ -15,14 +16,17 @@ class Problem:
 
     `field` is where: a path into the deployment file ("services.prefill.max_model_len") or a file's name.
     `text` says what is wrong, starting with the value where it helps, and `mend` what to write instead.
+    `place` is the file and line of `field` ("deploy.yml, line 12"), or "": `omni.deployment.line_numbers` adds it.
     """
 
     field: str
     text: str
     mend: str
+    place: str = ""
 
     def __str__(self) -> str:
-        return f"{self.field}: {self.text}; {self.mend}"
+        place = f"{self.place}: " if self.place else ""
+        return f"{place}{self.field}: {self.text}; {self.mend}"
 
 
 class DeploymentError(ValueError):
@@ -36,6 +40,10 @@ class ConfigError(DeploymentError):
         self.problems = tuple(problems)
         assert self.problems, "an error without a problem"
         super().__init__("\n".join(map(str, self.problems)))
+
+    def placed(self, place_of: Callable[[str], str]) -> Self:
+        """The same error with the place of every field that had none."""
+        return type(self)(replace(problem, place=problem.place or place_of(problem.field)) for problem in self.problems)
 
 
 class MachineError(ConfigError):

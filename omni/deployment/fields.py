@@ -20,7 +20,7 @@ _HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9-]{1,63
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
-def _refusal(problem: str, mend: str) -> PydanticCustomError:
+def refusal(problem: str, mend: str) -> PydanticCustomError:
     return PydanticCustomError(REFUSED, "{text}", {"text": f"{problem}; {mend}"})
 
 
@@ -36,7 +36,7 @@ def _whole_number(value: Any) -> int | None:
 def _port(value: Any) -> int:
     number = _whole_number(value)
     if number is None or not 1024 <= number <= 65535:
-        raise _refusal("is not a port number", "write a number from 1024 to 65535")
+        raise refusal("is not a port number", "write a number from 1024 to 65535")
     return number
 
 
@@ -44,21 +44,28 @@ def _control_port(value: Any) -> int:
     """Whether an empty value meant the default or none could only be guessed, so it is refused."""
     number = _whole_number(value)
     if number is None or not (number == 0 or 1024 <= number <= 65535):
-        raise _refusal("is not a port number", "write a number from 1024 to 65535, 0 for none, or delete the line")
+        raise refusal("is not a port number", "write a number from 1024 to 65535, 0 for none, or delete the line")
     return number
 
 
 def _count(value: Any) -> int:
     number = _whole_number(value)
     if number is None or number < 1:
-        raise _refusal("is not a number of at least 1", "write a whole number such as 1")
+        raise refusal("is not a number of at least 1", "write a whole number such as 1")
+    return number
+
+
+def _number(value: Any) -> int:
+    number = _whole_number(value)
+    if number is None:
+        raise refusal("is not a whole number", "write one such as 0")
     return number
 
 
 def _connections(value: Any) -> int:
     number = _whole_number(value)
     if number is None or not 1 <= number <= MAX_CONNECTIONS:
-        raise _refusal("is not a number of connections", f"write a whole number from 1 to {MAX_CONNECTIONS}")
+        raise refusal("is not a number of connections", f"write a whole number from 1 to {MAX_CONNECTIONS}")
     return number
 
 
@@ -68,15 +75,15 @@ def _positive(value: Any) -> float:
     except (TypeError, ValueError):
         number = -1.0
     if not 0 < number < 1e9:  # also refuses nan
-        raise _refusal("is not a number above 0", "write a number such as 30 or 0.5")
+        raise refusal("is not a number above 0", "write a number such as 30 or 0.5")
     return number
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise _refusal("is not text", "put it in quotes")
+        raise refusal("is not text", "put it in quotes")
     if not value.strip():
-        raise _refusal("is empty", "write a value or delete the line")
+        raise refusal("is empty", "write a value or delete the line")
     return value.strip()
 
 
@@ -89,32 +96,30 @@ def _host(value: Any) -> str:
     except ValueError:
         text = ""
     if not _HOST_NAME.fullmatch(text):
-        raise _refusal("is not an IPv4 address or host name", "write one such as 127.0.0.1")
+        raise refusal("is not an IPv4 address or host name", "write one such as 127.0.0.1")
     return text
 
 
 def _hosts(value: Any) -> tuple[str, ...]:
     if not isinstance(value, str) or not value.strip():
-        raise _refusal(
-            "is not a list of hosts", 'write them with commas between, the master first: "10.0.0.1,10.0.0.2"'
-        )
+        raise refusal("is not a list of hosts", 'write them with commas between, the master first: "10.0.0.1,10.0.0.2"')
     hosts = tuple(_host(part) for part in value.split(","))
     if "0.0.0.0" in hosts:
-        raise _refusal("holds 0.0.0.0, which nobody can connect to", "write this machine's address, such as 127.0.0.1")
+        raise refusal("holds 0.0.0.0, which nobody can connect to", "write this machine's address, such as 127.0.0.1")
     for host in hosts:
         if hosts.count(host) > 1:
-            raise _refusal(f"names {host} twice", "name each host once")
+            raise refusal(f"names {host} twice", "name each host once")
     return hosts
 
 
 def _devices(value: Any) -> tuple[int, ...]:
     text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
     if not isinstance(text, str) or not re.fullmatch(r"[0-9]{1,6}(,[0-9]{1,6})*", text):
-        raise _refusal("is not a list of device numbers", 'write them without spaces or a trailing comma: "0,1,2,3"')
+        raise refusal("is not a list of device numbers", 'write them without spaces or a trailing comma: "0,1,2,3"')
     devices = tuple(map(int, text.split(",")))
     for device in devices:
         if devices.count(device) > 1:
-            raise _refusal(f"names device {device} twice", "name each device once")
+            raise refusal(f"names device {device} twice", "name each device once")
     return devices
 
 
@@ -126,7 +131,7 @@ def _scalar(value: Any) -> str | None:
 def _arguments(value: Any) -> tuple[str, ...]:
     parts = [_scalar(part) for part in value] if isinstance(value, list) else [None]
     if None in parts:
-        raise _refusal("is not a list of texts", 'write a list such as ["--max-num-seqs", "8"]')
+        raise refusal("is not a list of texts", 'write a list such as ["--max-num-seqs", "8"]')
     return tuple(part for part in parts if part is not None)
 
 
@@ -134,13 +139,13 @@ def _environment(value: Any) -> dict[str, str]:
     pairs = {name: _scalar(text) for name, text in value.items()} if isinstance(value, dict) else {"": None}
     for name, text in pairs.items():
         if text is None or "\0" in text or not _ENV_NAME.fullmatch(name):
-            raise _refusal("is not a block of NAME: text lines", 'write lines such as OMP_PROC_BIND: "true"')
+            raise refusal("is not a block of NAME: text lines", 'write lines such as OMP_PROC_BIND: "true"')
     return {name: text for name, text in pairs.items() if text is not None}
 
 
 def _name(value: Any) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value):
-        raise _refusal(
+        raise refusal(
             "is not a deployment name",
             "write `name:` with at most 64 letters, digits, dots, dashes and underscores, such as chat-1",
         )
@@ -155,15 +160,19 @@ def _decode_group(name: str) -> str:
     return _group(name, "d")
 
 
+def _mixed_group(name: str) -> str:
+    return _group(name, "m")
+
+
 def _group(name: str, letter: str) -> str:
     if not re.fullmatch(rf"(group|{letter})[0-9]{{1,6}}", name):
-        raise _refusal("is not a group name", f"write group1, group2, ... or {letter}1, {letter}2, ...")
+        raise refusal("is not a group name", f"write group1, group2, ... or {letter}1, {letter}2, ...")
     return name
 
 
 def _at_least_one(groups: dict[str, Any]) -> dict[str, Any]:
     if not groups:
-        raise _refusal("holds no group", "write at least one, such as group1:")
+        raise refusal("holds no group", "write at least one, such as group1:")
     return groups
 
 
@@ -171,6 +180,7 @@ Port = Annotated[int, BeforeValidator(_port)]
 ControlPort = Annotated[int | None, BeforeValidator(_control_port)]  # None: not written
 Connections = Annotated[int, BeforeValidator(_connections)]
 Count = Annotated[int, BeforeValidator(_count)]
+Number = Annotated[int, BeforeValidator(_number)]
 Positive = Annotated[float, BeforeValidator(_positive)]
 Text = Annotated[str, BeforeValidator(_text)]
 LocalPath = Annotated[Path, BeforeValidator(_text), AfterValidator(lambda path: path.expanduser().absolute())]
@@ -182,4 +192,6 @@ Environment = Annotated[dict[str, str], BeforeValidator(_environment)]
 Name = Annotated[str, BeforeValidator(_name)]
 PrefillGroupName = Annotated[str, BeforeValidator(_prefill_group)]
 DecodeGroupName = Annotated[str, BeforeValidator(_decode_group)]
+MixedGroupName = Annotated[str, BeforeValidator(_mixed_group)]
 AtLeastOne = AfterValidator(_at_least_one)
+Switch = BeforeValidator(lambda value: {} if value is True else None if value is False else value)  # of a block

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
+from omni.deployment.layout import LayoutError, Rank, lay_out
 from omni.deployment.model import (
     EVENT_PORT_OFFSET,
     KV_PORT_OFFSET,
@@ -14,17 +16,19 @@ from omni.deployment.model import (
     HostOverride,
 )
 
-Pool = Literal["prefill", "decode"]
+Pool = Literal["prefill", "decode", "mixed"]
+_NO_OVERRIDE = HostOverride()
+POOLS: tuple[Pool, ...] = ("prefill", "decode", "mixed")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupSettings:
-    """One prefill or decode group."""
+    """One prefill, decode or mixed group."""
 
     role: Pool
     name: str  # "group1"
     group: Group  # as written
-    shared: EngineOptions  # services.prefill or services.decode
+    shared: EngineOptions  # services.prefill, .decode or .mixed
     max_model_len: int  # as written, or the default
     use_devices: bool  # elsewhere than on an NPU ascend_rt_visible_devices counts for nothing
 
@@ -43,7 +47,11 @@ class GroupSettings:
 
     @property
     def tensor_parallel_size(self) -> int:
-        return self.group.tensor_parallel_size or self.shared.tensor_parallel_size or 1
+        written = self.group.tensor_parallel_size or self.shared.tensor_parallel_size
+        if written or self.role == "decode":
+            return written or 1
+        num_ranks = self._written_data_parallel_size or 1
+        return max(1, self.num_devices // (num_ranks * self.pipeline_parallel_size))
 
     @property
     def pipeline_parallel_size(self) -> int:
@@ -57,10 +65,13 @@ class GroupSettings:
     @property
     def data_parallel_size(self) -> int:
         """As written, else as many ranks as the devices of all hosts allow, else 1."""
-        written = self.group.data_parallel_size or self.shared.data_parallel_size
-        return written or max(1, self.num_devices // self.num_workers)
+        return self._written_data_parallel_size or max(1, self.num_devices // self.num_workers)
 
     @property
+    def _written_data_parallel_size(self) -> int | None:
+        return self.group.data_parallel_size or self.shared.data_parallel_size
+
+    @cached_property
     def num_devices(self) -> int:
         return sum(len(self.devices(host)) for host in self.hosts)
 
@@ -78,7 +89,7 @@ class GroupSettings:
         return self.group.kv_cache_gib or self.shared.kv_cache_gib
 
     def override(self, host: str) -> HostOverride:
-        return self.group.host_overrides.get(host, HostOverride())
+        return self.group.host_overrides.get(host, _NO_OVERRIDE)
 
     def devices(self, host: str) -> tuple[int, ...]:
         if not self.use_devices:
@@ -98,34 +109,52 @@ class GroupSettings:
 
     @property
     def master_port(self) -> int:
-        written = self.override(self.hosts[0]).master_port or self.group.master_port
-        return written or self.base_api_port(self.hosts[0]) + MASTER_PORT_OFFSET
+        return self.master_port_of(self.hosts[0])
+
+    def master_port_of(self, host: str) -> int:
+        written = self.override(host).master_port or self.group.master_port
+        return written or self.base_api_port(host) + MASTER_PORT_OFFSET
+
+    def link_port_of(self, host: str) -> int:
+        """Where the hosts of a DP rank that spans several hold on to one another."""
+        return self.master_port_of(host) + 1
+
+    @cached_property
+    def ranks(self) -> tuple[Rank, ...]:
+        """Where each DP rank is computed. Empty when that cannot be: see `layout_problem`."""
+        try:
+            return self._lay_out()
+        except LayoutError:
+            return ()
+
+    @property
+    def layout_problem(self) -> str | None:
+        try:
+            self._lay_out()
+        except LayoutError as error:
+            return str(error)
+        return None
 
     def ranks_on_host(self, host: str) -> int:
-        """How many api servers the host runs: the DP ranks in equal shares, the first hosts one more."""
-        share, more = divmod(self.data_parallel_size, len(self.hosts))
-        return share + (self.hosts.index(host) < more)
+        """How many api servers the host runs."""
+        return sum(nodes[0].host == host for nodes in self.ranks)
+
+    def _lay_out(self) -> tuple[Rank, ...]:
+        devices = {host: self.devices(host) for host in self.hosts}
+        return lay_out(self.hosts, devices, num_ranks=self.data_parallel_size, num_workers=self.num_workers)
 
 
 def group_settings(deployment: Deployment) -> Iterator[GroupSettings]:
-    """Every group, prefill first, in the file's order."""
-    pools, services = deployment.deployment, deployment.services
+    """Every group: prefill, decode, mixed, each in the file's order."""
     use_devices = deployment.effective_platform == "npu"
-    for name, group in pools.prefill.items():
-        yield GroupSettings(
-            role="prefill",
-            name=name,
-            group=group,
-            shared=services.prefill,
-            max_model_len=services.prefill.max_model_len,
-            use_devices=use_devices,
-        )
-    for name, group in pools.decode.items():
-        yield GroupSettings(
-            role="decode",
-            name=name,
-            group=group,
-            shared=services.decode,
-            max_model_len=services.decode.max_model_len,
-            use_devices=use_devices,
-        )
+    for role in POOLS:
+        shared = getattr(deployment.services, role)
+        for name, group in getattr(deployment.deployment, role).items():
+            yield GroupSettings(
+                role=role,
+                name=name,
+                group=group,
+                shared=shared,
+                max_model_len=shared.max_model_len,
+                use_devices=use_devices,
+            )

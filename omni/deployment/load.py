@@ -1,41 +1,73 @@
 """Deployment file → launch plan for this machine: the one call that commands make."""
 
 from pathlib import Path
+from typing import get_args
 
 from omni.deployment.deployment_file import load_deployment
 from omni.deployment.errors import ConfigError, Problem
+from omni.deployment.line_numbers import naming_lines
 from omni.deployment.local_hosts import host_problems
 from omni.deployment.machine import Machine, this_machine
-from omni.deployment.model import EMBEDDED, Deployment
-from omni.deployment.model_info import FIELD, ModelInfo, read_model_info
+from omni.deployment.model import EMBEDDED, Backend, Deployment
+from omni.deployment.model_info import FIELD, ModelInfo, read_model_info, unknown_model
 from omni.deployment.plan import make_plan
 from omni.deployment.plan_types import LaunchPlan
+from omni.deployment.relocate import Relocation
 
 
-def load_plan(config_file: Path | str, machine: Machine | None = None) -> LaunchPlan:
+def load_plan(
+    config_file: Path | str,
+    machine: Machine | None = None,
+    *,
+    on: str | None = None,
+    relocation: Relocation | None = None,
+    backend: str | None = None,
+) -> LaunchPlan:
     """Reads a deployment file and plans it. An embedded model is made first where it is missing (a minute).
 
+    Args:
+        on: the host of the file that this machine is, where each has its own part of the deployment.
+        backend: instead of the file's.
+        relocation: where the one group that is of interest runs, if not where the file says.
+
     Raises:
-        ConfigError: the file, or the model it names, cannot be used; the text says where and what to write instead.
+        ConfigError: the file, or the model it names, cannot be used; the text says where, with the line, and what to
+            write instead.
     """
     config_file = Path(config_file).absolute()
-    deployment = load_deployment(config_file)
-    machine = machine or this_machine()
-    wrong_hosts = tuple(host_problems(deployment, machine))
+    with naming_lines(config_file):
+        deployment = load_deployment(config_file)
+        if backend is not None:
+            deployment = deployment.model_copy(update={"backend": _known(backend)})
+        if relocation is not None:
+            deployment, on = relocation.of(deployment), relocation.listen
+        return _plan(deployment, machine or this_machine(), config_file, on)
+
+
+def _plan(deployment: Deployment, machine: Machine, config_file: Path, on: str | None) -> LaunchPlan:
+    wrong_hosts = tuple(host_problems(deployment, machine, on))
     if wrong_hosts and deployment.services.model_path.startswith(EMBEDDED):
         raise ConfigError(wrong_hosts)  # now rather than after a minute of making the model
     try:
-        model = _model(deployment)
+        model = _model(deployment, on)
     except ConfigError as error:
         # A model that is missing here is no news when it lives on other hosts.
         raise ConfigError(wrong_hosts or error.problems) from None
-    return make_plan(deployment, model, machine, config_file=config_file)
+    return make_plan(deployment, model, machine, config_file=config_file, on=on)
 
 
-def _model(deployment: Deployment) -> ModelInfo:
+def _known(backend: str) -> str:
+    if backend not in get_args(Backend):
+        raise ConfigError([Problem("--backend", f"{backend!r} is not known", f"write {', '.join(get_args(Backend))}")])
+    return backend
+
+
+def _model(deployment: Deployment, on: str | None) -> ModelInfo:
     written = deployment.services.model_path
     if not written.startswith(EMBEDDED):
-        return read_model_info(Path(written).expanduser().absolute())
+        folder = Path(written).expanduser().absolute()
+        is_elsewhere = deployment.backend != "local" and on is None and not folder.exists()
+        return unknown_model(folder) if is_elsewhere else read_model_info(folder)
     # Imported here: most deployments need neither the converters nor what they import.
     from omni.deployment.embedded_model import ensure_embedded_model
 

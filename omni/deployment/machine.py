@@ -71,3 +71,11 @@ def _cpu_flags(cpuinfo: Path) -> frozenset[str]:
 def _addresses() -> frozenset[str]:
     own = {a.address for card in psutil.net_if_addrs().values() for a in card if a.family == socket.AF_INET}
     return frozenset({"localhost", "0.0.0.0", socket.gethostname(), *own})
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has this IPv4 address; None: there is none, or it is a name."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(own.family == socket.AF_INET and own.address == address for own in addresses):
+            return name
+    return None

@@ -11,7 +11,7 @@ Which value counts, where a key may stand in two places:
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
@@ -28,14 +28,20 @@ from omni.deployment.fields import (
     Host,
     Hosts,
     LocalPath,
+    MixedGroupName,
     Name,
+    Number,
     Port,
     Positive,
     PrefillGroupName,
+    Switch,
     Text,
+    refusal,
 )
 
 Platform = Literal["cpu", "npu", "cuda"]
+Backend = Literal["local", "ansible", "ray", "kubernetes"]
+Runtime = Literal["docker", "host"]
 KvConnector = Literal["omni", "nixl", "mooncake"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -92,7 +98,7 @@ class EngineOptions(Block):
     """Keys that may stand on a group as well as on services.prefill and services.decode."""
 
     data_parallel_size: Count | None = None  # default: as many as the devices allow; 1 without devices
-    tensor_parallel_size: Count | None = None  # default: 1
+    tensor_parallel_size: Count | None = None  # default: of P and mixed groups all devices of the group; of D 1
     pipeline_parallel_size: Count | None = None  # default: 1
     extra_args: Arguments | None = None  # more arguments for vLLM's api server
     env: Environment | None = None
@@ -100,7 +106,7 @@ class EngineOptions(Block):
 
 
 class Group(Access, EngineOptions):
-    """One prefill or decode instance: data_parallel_size api servers, on one or more hosts."""
+    """One prefill, decode or mixed instance: data_parallel_size api servers, on one or more hosts."""
 
     hosts: Hosts = ("127.0.0.1",)  # the master first
     base_api_port: Port  # the api server of rank r listens on base_api_port + r
@@ -133,6 +139,7 @@ class Proxy(Access):
     workers: Count = 1  # processes behind listen_port
     prefill_policy: PrefillPolicy | None = None  # who gets a prompt; default: the proxy's own
     decode_policy: DecodePolicy | None = None
+    mixed_policy: PrefillPolicy | None = None
     fallback: Fallback = "none"  # decode_only: while no prefill is up, decode computes prompts too
     api_keys_file: LocalPath | None = None  # hashed keys; without it everybody is served
     tls_certificate_file: LocalPath | None = None  # PEM; with tls_key_file, listen_port speaks TLS
@@ -142,11 +149,30 @@ class Proxy(Access):
 
 
 class Pools(Block):
-    """The `deployment` block: who runs where."""
+    """The `deployment` block: who runs where. P and D, or mixed groups (plain engines), or all of them."""
 
-    prefill: Annotated[dict[PrefillGroupName, Group], AtLeastOne]
-    decode: Annotated[dict[DecodeGroupName, Group], AtLeastOne]
-    proxy: Proxy = Proxy()
+    prefill: Annotated[dict[PrefillGroupName, Group], AtLeastOne] = Field(default_factory=dict)
+    decode: Annotated[dict[DecodeGroupName, Group], AtLeastOne] = Field(default_factory=dict)
+    mixed: Annotated[dict[MixedGroupName, Group], AtLeastOne] = Field(default_factory=dict)
+    proxy: Proxy = Proxy()  # also written as c0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _c0_is_the_proxy(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "c0" not in data:
+            return data
+        if "proxy" in data:
+            raise refusal("names the proxy twice", "keep one of proxy and c0")
+        return {"proxy" if key == "c0" else key: value for key, value in data.items()}
+
+    @model_validator(mode="after")
+    def _has_engines(self) -> Self:
+        if bool(self.prefill) != bool(self.decode):
+            missing = "decode" if self.prefill else "prefill"
+            raise refusal(f"has no {missing} group", f"add {missing}:, or write the engines under mixed:")
+        if not self.prefill and not self.mixed:
+            raise refusal("has no groups of engines", "add prefill: and decode:, or mixed:")
+        return self
 
 
 class PrefillServices(EngineOptions):
@@ -156,6 +182,17 @@ class PrefillServices(EngineOptions):
 
 class DecodeServices(EngineOptions):
     max_model_len: Count = 16384
+
+
+class MixedServices(EngineOptions):
+    max_model_len: Count = 32000
+
+
+class ExpertPlacement(Block):
+    """How the experts of a mixture of experts lie on the devices of D and of mixed groups."""
+
+    num_redundant_experts: Number = 0  # copies of busy experts, on top
+    config_path: Text | None = None  # on NPU: a placement pattern, at the same path on every host
 
 
 class KvTransfer(Block):
@@ -181,7 +218,7 @@ class KvTransfer(Block):
 
 
 class Services(Block):
-    """What runs. The local backend uses neither docker nor a copy of the code: it reads past the four keys for them."""
+    """What runs. The local backend uses neither docker nor a copy of the code: it reads past the keys for them."""
 
     model_path: Text  # a folder, or embedded:<name>
     served_model_name: Text | None = None  # default: the model folder's name
@@ -191,9 +228,22 @@ class Services(Block):
     local_code_path: Text | None = None
     http_proxy: str | None = None
     docker_image: Text | None = None
+    runtime: Runtime | None = None  # of the Ansible backend; default: docker if there is a docker_image
+    venv_path: Text | None = None  # runtime host: the virtual environment there; default: code_path/.venv
+    rank_table_path: Text | None = None  # a folder on every NPU host; default: ranktable beside the logs (ansible)
+    multi_token_prediction: Count | None = None  # tokens that the model's own MTP layers propose at a time
+    graph_mode: bool | None = None  # of D and mixed groups; P is eager then. Default: as the platform likes it
+    expert_placement: Annotated[ExpertPlacement | None, Switch] = None  # true, or a block
     prefill: PrefillServices = PrefillServices()
     decode: DecodeServices = DecodeServices()
+    mixed: MixedServices = MixedServices()
     kv_transfer: KvTransfer = KvTransfer()
+
+
+class Ray(Block):
+    """Where the Ray backend finds its cluster."""
+
+    address: Text = "auto"  # as for ray.init; auto: the one that this machine belongs to
 
 
 class Deployment(Block):
@@ -201,14 +251,37 @@ class Deployment(Block):
 
     name: Name  # default: the file's name without its ending
     platform: Platform | None = None
-    backend: Literal["local"] = "local"
+    backend: Backend = "local"  # default: ansible where the file says how to log in to hosts
+    ray: Ray = Ray()
     deployment: Pools
     services: Services
 
+    @model_validator(mode="after")
+    def _default_backend(self) -> Self:
+        overrides = (block for group in self.groups for block in group.host_overrides.values())
+        blocks: list[Access] = [self.deployment.proxy, *self.groups, *overrides]
+        if "backend" not in self.model_fields_set and any(b.user or b.private_key or b.password for b in blocks):
+            return self.model_copy(update={"backend": "ansible"})
+        return self
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        pools = self.deployment
+        return (*pools.prefill.values(), *pools.decode.values(), *pools.mixed.values())
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Each once, the engines' first."""
+        engines = (host for group in self.groups for host in group.hosts)
+        return tuple(dict.fromkeys((*engines, self.deployment.proxy.host)))
+
+    @property
+    def runtime(self) -> Runtime:
+        return self.services.runtime or ("docker" if self.services.docker_image else "host")
+
     @property
     def effective_platform(self) -> Platform:
-        groups = [*self.deployment.prefill.values(), *self.deployment.decode.values()]
-        return self.platform or ("npu" if any(group.ascend_rt_visible_devices for group in groups) else "cpu")
+        return self.platform or ("npu" if any(group.ascend_rt_visible_devices for group in self.groups) else "cpu")
 
     @property
     def log_folder(self) -> Path:

@@ -32,6 +32,7 @@ class ModelInfo:
     head_dim: int
     max_position_embeddings: int | None  # tokens; None: the model names no limit
     is_moe: bool
+    is_known: bool = True  # False: the folder is not on this machine, and all else is made up
     mla_width: int = 0  # elements of the compressed KV of one token and layer; 0: ordinary attention
 
     def weight_bytes_as(self, dtype: str) -> int:
@@ -46,6 +47,22 @@ class ModelInfo:
             return self.num_layers * self.mla_width * DTYPE_BYTES[dtype]
         heads = max(1, self.num_kv_heads // tp)  # with more ranks than heads, ranks hold copies
         return 2 * self.num_layers * heads * self.head_dim * DTYPE_BYTES[dtype]
+
+
+def unknown_model(folder: Path) -> ModelInfo:
+    """For a folder that is on other hosts alone. They plan with what they read there."""
+    return ModelInfo(
+        path=folder,
+        weight_bytes=0,
+        stored_dtype="bfloat16",
+        is_quantized=False,
+        num_layers=0,
+        num_kv_heads=0,
+        head_dim=0,
+        max_position_embeddings=None,
+        is_moe=False,
+        is_known=False,
+    )
 
 
 def read_model_info(folder: Path) -> ModelInfo:

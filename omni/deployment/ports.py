@@ -1,8 +1,10 @@
 """Which process wants which port on which host, and who wants the same one."""
 
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, combinations
+from functools import partial
+from itertools import chain
 
 from omni.deployment.errors import Problem
 from omni.deployment.groups import GroupSettings, group_settings
@@ -23,10 +25,9 @@ class PortClaim:
     def __str__(self) -> str:
         return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
 
-    def meets(self, other: "PortClaim") -> bool:
-        hosts = {"127.0.0.1" if host == "localhost" else host for host in (self.host, other.host)}
-        same_host = len(hosts) == 1 or _EVERY_ADDRESS in hosts
-        return same_host and self.first <= other.last and other.first <= self.last
+    @property
+    def address(self) -> str:
+        return "127.0.0.1" if self.host == "localhost" else self.host
 
 
 def control_port(deployment: Deployment) -> int | None:
@@ -37,11 +38,14 @@ def control_port(deployment: Deployment) -> int | None:
     proxy = deployment.deployment.proxy
     if proxy.control_port is not None:
         return proxy.control_port or None
+    own = PortClaim(proxy.host, proxy.listen_port, proxy.listen_port, _CONTROL_PORT).address
     of_other_proxies = {address.rpartition(":")[2] for address in proxy.other_control_addresses}
-    claims = list(_engine_claims(deployment))
+    taken: set[int] = set()
+    for claim in _engine_claims(deployment):
+        if claim.address == own or _EVERY_ADDRESS in (claim.address, own):
+            taken.update(range(claim.first, claim.last + 1))
     near = chain(range(proxy.listen_port + 1, HIGHEST_PORT + 1), range(proxy.listen_port - 1, 0, -1))
-    free = (PortClaim(proxy.host, port, port, _CONTROL_PORT) for port in near)
-    return next(c.first for c in free if str(c) not in of_other_proxies and not any(map(c.meets, claims)))
+    return next(port for port in near if port not in taken and str(port) not in of_other_proxies)
 
 
 def port_claims(deployment: Deployment) -> Iterator[PortClaim]:
@@ -55,18 +59,32 @@ def port_claims(deployment: Deployment) -> Iterator[PortClaim]:
 def _engine_claims(deployment: Deployment) -> Iterator[PortClaim]:
     with_kv_port = deployment.services.kv_transfer.roles_with_port
     for group in group_settings(deployment):
-        for host in group.hosts:
-            more = max(1, group.ranks_on_host(host)) - 1
+        own = partial(_address, deployment, group)
+        num_ranks = Counter(nodes[0].host for nodes in group.ranks)
+        for host in num_ranks or group.hosts:  # without a layout at least one rank each: what is wrong shows at once
+            more = max(1, num_ranks[host]) - 1
             first = group.base_api_port(host)
-            yield PortClaim(host, first, first + more, _port_field(group, host, "base_api_port"))
+            yield PortClaim(own(host), first, first + more, _port_field(group, host, "base_api_port"))
             if group.role in with_kv_port:
                 first = group.base_kv_port(host)
-                yield PortClaim(host, first, first + more, _port_field(group, host, "base_kv_port"))
+                yield PortClaim(own(host), first, first + more, _port_field(group, host, "base_kv_port"))
             if group.role == "prefill" and deployment.services.prefill.kv_events:
                 first = group.base_event_port(host)
-                yield PortClaim(host, first, first + 2 * more + 1, _port_field(group, host, "base_event_port"))
-        port = group.master_port
-        yield PortClaim(group.hosts[0], port, port, _port_field(group, group.hosts[0], "master_port"))
+                yield PortClaim(own(host), first, first + 2 * more + 1, _port_field(group, host, "base_event_port"))
+        for host in _masters(group):
+            port = group.master_port_of(host)
+            last = group.link_port_of(host) if any(len(nodes) > 1 for nodes in group.ranks) else port
+            yield PortClaim(own(host), port, last, _port_field(group, host, "master_port"))
+
+
+def _address(deployment: Deployment, group: GroupSettings, host: str) -> str:
+    """Clusters give each group an address of its own, whatever the file says."""
+    return f"{host} of {group.path}" if deployment.backend in ("ray", "kubernetes") else host
+
+
+def _masters(group: GroupSettings) -> Iterable[str]:
+    """Where DP ranks find each other, and where the hosts of a rank that spans several do."""
+    return dict.fromkeys([group.hosts[0], *(nodes[0].host for nodes in group.ranks if len(nodes) > 1)])
 
 
 def port_problems(deployment: Deployment) -> Iterator[Problem]:
@@ -74,10 +92,33 @@ def port_problems(deployment: Deployment) -> Iterator[Problem]:
     for claim in claims:
         if claim.last > HIGHEST_PORT:
             yield Problem(claim.field, f"port {claim} is above {HIGHEST_PORT}", "write a lower port")
-    for one, other in combinations(claims, 2):
-        if one.meets(other):
-            text = f"port {other} on {other.host} overlaps {one.field} ({one})"
-            yield Problem(other.field, text, "give each its own ports")
+    for one, other in _overlapping(claims):
+        text = f"port {other} on {other.host} overlaps {one.field} ({one})"
+        yield Problem(other.field, text, "give each its own ports")
+
+
+def _overlapping(claims: list[PortClaim]) -> Iterator[tuple[PortClaim, PortClaim]]:
+    """Every two claims that share a port, each pair in the order of `claims`.
+
+    Address by address, and there in the order of ports, so that claims are compared with their neighbours alone: the
+    largest deployments have thousands.
+    """
+    indices_at: dict[str, list[int]] = defaultdict(list)
+    for index, claim in enumerate(claims):
+        indices_at[claim.address].append(index)
+    everywhere = indices_at[_EVERY_ADDRESS]
+    pairs: set[tuple[int, int]] = set()
+    for address, indices in indices_at.items():
+        pairs.update(_overlapping_here(claims, indices if address == _EVERY_ADDRESS else indices + everywhere))
+    return ((claims[one], claims[other]) for one, other in sorted(pairs))
+
+
+def _overlapping_here(claims: list[PortClaim], indices: Iterable[int]) -> Iterator[tuple[int, int]]:
+    reaching: list[int] = []  # the earlier ones that end at or behind the first port of this one
+    for index in sorted(indices, key=lambda index: claims[index].first):
+        reaching = [earlier for earlier in reaching if claims[earlier].last >= claims[index].first]
+        yield from ((min(earlier, index), max(earlier, index)) for earlier in reaching)
+        reaching.append(index)
 
 
 def _port_field(group: GroupSettings, host: str, key: str) -> str:

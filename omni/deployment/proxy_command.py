@@ -20,7 +20,8 @@ def proxy_command(
     proxy = deployment.deployment.proxy
     command = [sys.executable, "-m", "services.global_proxy", "--host", proxy.host, "--port", str(proxy.listen_port)]
     for engine in engines:
-        command += [f"--{engine.role}", engine.url]
+        if not engine.is_headless:
+            command += [f"--{engine.role}", engine.url]
     if (port := control_port(deployment)) is not None:
         command += [_CONTROL_PORT, str(port)]
     max_active = _max_active_per_decode(commands)
@@ -51,13 +52,13 @@ def control_addresses(deployment: Deployment) -> tuple[str, ...]:
 
 
 def _max_active_per_decode(commands: Sequence[EngineCommand]) -> int | None:
-    """As many requests as a D computes at once; None: vLLM chooses that by the device.
+    """As many requests as a D, or a mixed engine, computes at once; None: vLLM chooses that by the device.
 
     The proxy's limit is for all D together, so where they differ their mean counts.
     """
-    decode = [command.max_num_seqs for command in commands if command.group.role == "decode"]
+    decode = [command.max_num_seqs for command in commands if command.group.role != "prefill"]
     known = [number for number in decode if number is not None]
-    return sum(known) // len(known) if len(known) == len(decode) else None
+    return sum(known) // len(known) if known and len(known) == len(decode) else None
 
 
 def _options(proxy: Proxy) -> Iterator[str]:
@@ -66,6 +67,7 @@ def _options(proxy: Proxy) -> Iterator[str]:
         ("--workers", proxy.workers, 1),
         ("--prefill-policy", proxy.prefill_policy, None),
         ("--decode-policy", proxy.decode_policy, None),
+        ("--mixed-policy", proxy.mixed_policy, None),
         ("--fallback", proxy.fallback, "none"),
         ("--api-keys", proxy.api_keys_file, None),
         ("--tls-certificate", proxy.tls_certificate_file, None),

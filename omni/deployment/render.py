@@ -11,8 +11,9 @@ from omni.deployment.memory import GIB
 from omni.deployment.plan_types import LaunchPlan, ProcessPlan
 
 HIDDEN = "***"
-# "key" and "token" as whole words: --tokenizer and --max-num-batched-tokens hide nothing.
-_SECRET_NAME = re.compile(r"(^|[-_])(api)?(key|token)([-_]|$)|secret|passw|credential", re.IGNORECASE)
+_DEVICES = "ASCEND_RT_VISIBLE_DEVICES"
+# "key" and "token" as the last word: --tokenizer and --long-prefill-token-threshold hide nothing.
+_SECRET_NAME = re.compile(r"(^|[-_])(api)?(key|token)$|secret|passw|credential", re.IGNORECASE)
 
 
 def plan_table(plan: LaunchPlan) -> Table:
@@ -20,17 +21,24 @@ def plan_table(plan: LaunchPlan) -> Table:
     caption = f"memory in GiB\nmodel {plan.model_path}\nlogs in {plan.proxy.log_file.parent}"
     if plan.control_addresses:
         caption += f"\nengines join at {', '.join(plan.control_addresses)}"
+    if plan.deployment.backend != "local":
+        caption += f"\nbackend {plan.deployment.backend}; each host decides about cores and KV when it starts its part"
+    if not plan.model_is_known:
+        caption += "\nthe model is not on this machine: arguments that depend on it are decided on the hosts, too"
+    has_devices = any(_DEVICES in process.env for process in plan.processes)
     table = Table(title=title, caption=caption)
-    for heading in ("process", "url", "cores"):
+    for heading in ("process", "url", "devices" if has_devices else "cores"):
         table.add_column(heading, overflow="fold")
     for heading in ("KV", "memory"):
         table.add_column(heading, justify="right")
     for process in plan.processes:
+        url = f"(on {process.host})" if process.is_headless else process.url
         cores = ",".join(map(str, process.cpu_cores)) or "any"
         kv = _gib(process.kv_bytes) if process.kv_bytes else "-"
-        table.add_row(process.name, process.url, cores, kv, _gib(process.memory_bytes))
+        where = process.env.get(_DEVICES, "") if has_devices else cores
+        table.add_row(process.name, url, where, kv, _gib(process.memory_bytes))
     table.add_section()
-    table.add_row("total", "", "", "", _gib(sum(process.memory_bytes for process in plan.processes)))
+    table.add_row("total", f"{len(plan.hosts)} host(s)", "", "", _gib(sum(p.memory_bytes for p in plan.processes)))
     return table
 
 
@@ -43,6 +51,8 @@ def plan_as_dict(plan: LaunchPlan) -> dict[str, Any]:
         "served_model_name": plan.served_model_name,
         "dtype": plan.dtype,
         "connector": plan.connector,
+        "backend": plan.deployment.backend,
+        "model_is_known": plan.model_is_known,
         "key_file": None if plan.key_file is None else str(plan.key_file),
         "control_addresses": list(plan.control_addresses),
         "processes": [_process_as_dict(process) for process in plan.processes],
@@ -60,7 +70,9 @@ def _process_as_dict(process: ProcessPlan) -> dict[str, Any]:
         "role": process.role,
         "group": process.group,
         "dp_rank": process.dp_rank,
-        "url": process.url,
+        "node_rank": process.node_rank,
+        "host": process.host,
+        "url": None if process.is_headless else process.url,
         "kv_address": process.kv_address,
         "command": list(_without_secrets(process.command)),
         "env": dict(_env_without_secrets(process.env)),

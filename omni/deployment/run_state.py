@@ -35,6 +35,7 @@ class ProcessState:
     since_unix_s: float = 0.0  # when `state` began
     restarts: int = 0
     message: str = ""  # why it failed or restarts
+    host: str = ""  # where it runs; "": here
 
     def changed(self, **changes: object) -> "ProcessState":
         if changes.get("state", self.state) != self.state:
@@ -52,11 +53,15 @@ class DeploymentState:
     proxy_url: str
     served_model_name: str
     process_names: tuple[str, ...]
-    launcher_pid: int
+    launcher_pid: int  # 0 where the backend is not local
     launcher_start_ticks: int | None  # tells the launcher from a later process with its pid
+    backend: str = "local"
 
     @property
     def is_running(self) -> bool:
+        """As far as this machine knows: what a remote backend has started runs until it is stopped."""
+        if self.backend != "local":
+            return True
         return start_ticks(self.launcher_pid) == self.launcher_start_ticks is not None
 
 
@@ -114,7 +119,7 @@ def state_folder() -> Path:
 
 
 def running_deployments() -> Iterator[DeploymentState]:
-    """Deployments whose launcher is alive."""
+    """Deployments whose launcher is alive, or that were started elsewhere from here."""
     folder = state_folder()
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         state = RunFolder(path).deployment()

@@ -13,7 +13,8 @@ from typing import Final
 from omni.deployment.deployment_file import load_deployment
 from omni.deployment.engines_file import Engines
 from omni.deployment.errors import ConfigError, MachineError, Problem, raise_any
-from omni.deployment.groups import Pool
+from omni.deployment.groups import POOLS, Pool
+from omni.deployment.line_numbers import naming_lines
 from omni.deployment.load import load_plan
 from omni.deployment.machine import Machine, this_machine
 from omni.deployment.memory import GIB
@@ -51,7 +52,8 @@ def scale_engines(
     if not wanted:
         return tuple(staying)
     machine = machine or this_machine()
-    new = _new_engines(load_deployment(config_file), config_file, present, wanted, machine)
+    with naming_lines(config_file):
+        new = _new_engines(load_deployment(config_file), config_file, present, wanted, machine)
     needed = sum(engine.memory_bytes for engine in new)
     if needed > machine.available_bytes:
         text = f"{needed / GIB:.1f} GiB of memory are needed, {machine.available_bytes / GIB:.1f} GiB is available"
@@ -69,7 +71,7 @@ def _new_engines(
     taken = {port for engine in present for port in engine.ports}
     for claim in port_claims(deployment):
         taken.update(range(claim.first, claim.last + 1))
-    pools = {"prefill": dict(deployment.deployment.prefill), "decode": dict(deployment.deployment.decode)}
+    pools: dict[str, dict[str, Group]] = {role: dict(getattr(deployment.deployment, role)) for role in POOLS}
     for role, name in wanted:
         written = pools[role].get(name)  # of the file, and stopped some time ago
         pools[role][name] = written or _copy(deployment, role, present, taken)
@@ -82,7 +84,10 @@ def _new_engines(
 
 def _copy(deployment: Deployment, role: Pool, present: Engines, taken: set[int]) -> Group:
     """A group like the first of its role. `taken` grows by its ports."""
-    pool = deployment.deployment.prefill if role == "prefill" else deployment.deployment.decode
+    pool: dict[str, Group] = getattr(deployment.deployment, role)
+    if not pool:
+        text = f"has no {role} group to make others like it"
+        raise ConfigError([Problem(f"deployment.{role}", text, "write one there and start it again")])
     name, first = next(iter(pool.items()))
     if deployment.effective_platform != "cpu":
         text = "a new group needs devices of its own, and the deployment file alone knows which"

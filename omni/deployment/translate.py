@@ -12,7 +12,6 @@ from omni.deployment.fields import REFUSED
 from omni.deployment.model import HOST_KEY, Deployment
 
 _MAY_HOLD_SECRETS = ("extra_args", "env")  # --api-key, HF_TOKEN
-LATER_BACKENDS = ("ansible", "ray", "kubernetes")
 
 
 def problems_of(error: ValidationError) -> list[Problem]:
@@ -45,13 +44,13 @@ def _problem(detail: ErrorDetails) -> Problem:
         # The value is not shown: a block written on one line may hold a password.
         return Problem(field, "is not a block of keys", "write its keys on the following lines, indented")
     if kind == "literal_error":
-        if field == "backend" and value in LATER_BACKENDS:
-            return Problem(field, f"{value!r} is not in this version", "write local")
         return Problem(
             field, f"{_shown(value)} is not known", f"write {detail['ctx']['expected'].replace(chr(39), '')}"
         )
     if kind in ("bool_type", "bool_parsing"):
         return Problem(field, f"{_shown(value)} is not true or false", "write true or false")
+    if kind == "tuple_type":
+        return Problem(field, f"{_shown(value)} is not a list", "write its parts with commas between them, in [ ]")
     if kind == "string_type":
         # Only passwords and http_proxy get here; neither is shown.
         return Problem(field, "is not text", "put it in quotes")

@@ -4,8 +4,8 @@ That prefill and decode use the same dtype needs no rule: services.dtype is the 
 `omni.deployment.engine_command` refuses --dtype among the extra arguments.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator
-from itertools import combinations
 
 from kv_transfer.connector.settings import CHECKSUMMED_TRANSPORTS
 from omni.deployment.errors import Problem
@@ -49,25 +49,27 @@ def _access_problems(deployment: Deployment, groups: list[GroupSettings]) -> Ite
 
 
 def _device_problems(group: GroupSettings) -> Iterator[Problem]:
-    if group.num_devices == 0:
-        return
-    needed = group.data_parallel_size * group.num_workers
-    if needed > group.num_devices:
-        text = (
-            f"{group.data_parallel_size} DP ranks with {group.num_workers} devices each need {needed}, "
-            f"ascend_rt_visible_devices lists {group.num_devices} on {len(group.hosts)} host(s)"
+    if (text := group.layout_problem) is not None:
+        mend = (
+            "change data_parallel_size, tensor_parallel_size or pipeline_parallel_size, or the hosts and their devices"
         )
-        mend = "lower data_parallel_size, tensor_parallel_size or pipeline_parallel_size, or list more devices"
         yield Problem(group.field("data_parallel_size"), text, mend)
 
 
 def _shared_device_problems(groups: list[GroupSettings]) -> Iterator[Problem]:
-    for one, other in combinations(groups, 2):
-        for host in [host for host in other.hosts if host in one.hosts]:
-            if both := sorted(set(one.devices(host)) & set(other.devices(host))):
-                devices = ",".join(map(str, both))
-                text = f"{devices} on {host} also in {one.path}.ascend_rt_visible_devices"
-                yield Problem(f"{other.path}.ascend_rt_visible_devices", text, "give each device to one group")
+    owners: dict[tuple[str, int], list[int]] = defaultdict(list)  # by host and device: indices of groups
+    shared: dict[tuple[int, int], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for index, group in enumerate(groups):
+        for host in group.hosts:
+            for device in group.devices(host):
+                for other in owners[host, device]:
+                    shared[other, index][host].append(device)
+                owners[host, device].append(index)
+    for (one, other), on_hosts in sorted(shared.items()):
+        for host, both in on_hosts.items():
+            text = f"{','.join(map(str, sorted(both)))} on {host} also in {groups[one].path}.ascend_rt_visible_devices"
+            field = f"{groups[other].path}.ascend_rt_visible_devices"
+            yield Problem(field, text, "give each device to one group")
 
 
 def _kv_transfer_problems(settings: KvTransfer) -> Iterator[Problem]:

@@ -1,4 +1,4 @@
-"""`python -m services.global_proxy --prefill URL --decode URL`: serve until told to stop."""
+"""`python -m services.global_proxy --prefill URL --decode URL` (or `--mixed URL`): serve until told to stop."""
 
 import gc
 import logging

@@ -12,7 +12,10 @@ from services.global_proxy.settings import Settings
 
 Json = dict[str, Any]
 
-SUMMARY: Final = "One address for a deployment of prefill and decode instances. Errors are in OpenAI's shape."
+SUMMARY: Final = (
+    "One address for a deployment of prefill and decode instances, of mixed ones, or of both. Errors are in OpenAI's"
+    " shape."
+)
 _ERROR_REF: Final[Json] = {"$ref": "#/components/responses/Error"}
 _ENGINE_JSON: Final[Json] = {"application/json": {"schema": {}}}
 
@@ -47,8 +50,8 @@ _RETRY_AFTER: Final[Json] = {
     "schema": {"type": "string", "pattern": "^[0-9]+$"},
 }
 _PATH: Final[Json] = {
-    "description": "Whether prefill and decode were done by two instances, or both by a decode instance.",
-    "schema": {"type": "string", "enum": ["disaggregated", "decode_only"]},
+    "description": "Whether prefill and decode were done by two instances, or both by a decode or a mixed instance.",
+    "schema": {"type": "string", "enum": ["disaggregated", "decode_only", "mixed"]},
 }
 _CONTINUABLE: Final[Json] = {
     "description": "Of a stream: if its decode instance is lost, another goes on with it, token by token the same.",

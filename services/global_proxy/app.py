@@ -72,7 +72,7 @@ def make_app(members: Members, in_flight: InFlight, metrics: Metrics, needs_keys
     app.needs_keys = needs_keys
 
     async def health() -> Response:
-        """At least one healthy instance of each role."""
+        """At least one healthy prefill and one decode instance, or a mixed one."""
         if in_flight.draining:
             return JSONResponse({"status": "draining"}, 503)
         missing = await members.missing_roles()

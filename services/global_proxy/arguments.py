@@ -16,6 +16,7 @@ _OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("--key-file", "key_file", {"type": Path, "help": "the deployment key, made if it is not there"}),
     ("--prefill-policy", "prefill_policy", {"choices": policy_names("prefill")}),
     ("--decode-policy", "decode_policy", {"choices": policy_names("decode")}),
+    ("--mixed-policy", "mixed_policy", {"choices": policy_names("mixed")}),
     (
         "--min-prefill-tokens",
         "min_prefill_tokens",
@@ -26,7 +27,7 @@ _OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     (
         "--max-active-per-decode",
         "max_active_per_decode",
-        {"type": int, "help": "requests in flight for each D, its --max-num-seqs; others wait in the proxy"},
+        {"type": int, "help": "requests in flight for each D or mixed, its --max-num-seqs; others wait in the proxy"},
     ),
     ("--max-queued", "max_queued", {"type": int, "help": "requests that wait, in each worker; others get 503"}),
     ("--max-queue-s", "max_queue_s", {"type": float, "help": "how long they wait at most"}),
@@ -55,13 +56,16 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, int, Settings]:
     """Host, port and settings; exits with status 2 and a message when they are wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m services.global_proxy",
-        description="One address for pools of prefill and decode engines.",
+        description="One address for pools of prefill and decode engines, and of engines that do both.",
         formatter_class=_Formatter,
     )
     parser.add_argument("--host", default="127.0.0.1", help="to listen on")
     parser.add_argument("--port", type=int, default=8000, help="to listen on")
     for role in ("prefill", "decode"):
         parser.add_argument(f"--{role}", action="append", default=[], metavar="URL", help="may be repeated")
+    parser.add_argument(
+        "--mixed", action="append", default=[], metavar="URL", help="a plain engine, alone or beside these; repeatable"
+    )
     parser.add_argument(
         "--kv-address",
         action="append",
@@ -81,7 +85,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, int, Settings]:
         action="append",
         default=[],
         metavar="HOST:PORT",
-        help="where a --prefill publishes its KV events; as many as these, in their order",
+        help="where a --prefill publishes its KV events; as many as these, in their order, then those of --mixed",
     )
     parser.add_argument(
         "--no-continued-streams", dest="continue_streams", action="store_false", help="end with their D"
@@ -95,6 +99,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, int, Settings]:
     urls: dict[str, Any] = {
         "prefill_urls": tuple(url.rstrip("/") for url in options.pop("prefill")),
         "decode_urls": tuple(url.rstrip("/") for url in options.pop("decode")),
+        "mixed_urls": tuple(url.rstrip("/") for url in options.pop("mixed")),
         "bootstrap_urls": tuple(url.rstrip("/") for url in options.pop("bootstrap")),
         "kv_addresses": tuple(options.pop("kv_address")),
         "kv_events": tuple(options.pop("kv_events")),

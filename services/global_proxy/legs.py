@@ -1,4 +1,4 @@
-"""The two legs of a request: to P, which computes the prompt, and to D, which answers."""
+"""The legs of a request: to P, which computes the prompt, and to D, which answers; or one to a plain engine."""
 
 import time
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ from services.global_proxy.short_prompts import ShortPrompts
 
 _PATH_DISAGGREGATED = (b"x-omni-path", b"disaggregated")
 _PATH_DECODE_ONLY = (b"x-omni-path", b"decode_only")
+_PATH_MIXED = (b"x-omni-path", b"mixed")
 
 NULL = msgspec.Raw(b"null")
 
@@ -71,7 +72,7 @@ class Prefilled:
 
 @dataclass(slots=True)
 class Opened:
-    """D's answer, that the client may have now: whole, or a stream that has begun. Close it.
+    """An answer of D or a plain engine that the client may have now: whole, or a stream that has begun. Close it.
 
     Attributes:
         leg: goes on giving the stream; None once closed.
@@ -105,6 +106,7 @@ class Legs:
         self,
         prefill: Pool,
         decode: Pool,
+        mixed: Pool,
         prompts: PromptReader,
         short: ShortPrompts,
         retries: RetryBudget,
@@ -112,6 +114,7 @@ class Legs:
     ) -> None:
         self.prefill_pool = prefill
         self.decode_pool = decode
+        self.mixed_pool = mixed
         self._prompts = prompts
         self._retries = retries
         self._short = short
@@ -127,7 +130,7 @@ class Legs:
     async def prefill(self, instance: Instance, call: Call, body: bytes) -> Prefilled:
         """P's answer: of 200, or the request's own fault. Raises UpstreamError."""
         call.record.prefill = instance.name
-        call.record.decode_only = None  # if it was tried so, it failed
+        call.record.decode_only = call.record.mixed = None  # if it was tried so, it failed
         prompt, num_tokens_ahead = call.prompt, instance.num_tokens
         trace = call.trace.start_leg("prefill", instance.name)
         error_reason: str | None = "aborted"
@@ -191,18 +194,19 @@ class Legs:
                     instance = self.choose(self.decode_pool, call)
                 except NoInstanceError as error:
                     raise failure or error from None
+                call.record.decode = instance.name
                 try:
-                    return await self._decode_on(instance, call, body)
+                    return await self._answer_of(instance, call, body)
                 except UnreachableError as error:
                     failure = error
-                    if not self._retries.may_retry(call, error):
+                    if self._only_mixed_are_left(call, instance) or not self._retries.may_retry(call, error):
                         raise
         finally:
             failure = None  # its traceback has this frame: together they would keep the body until garbage is collected
 
     async def decode_alone(self, call: Call, reason: str) -> Opened:
         """Have D compute the prompt too. Raises UpstreamError, NoInstanceError."""
-        call.record.decode_only = reason
+        call.record.decode_only, call.record.mixed = reason, None
         self._metrics.decode_only.labels(reason).inc()
         opened = await self.decode(call, call.body.plain_json)
         if opened.leg is not None and opened.answer.head.is_stream:
@@ -211,17 +215,46 @@ class Legs:
                 instance.costs.observe_prefill(call.prompt.num_tokens, 0, now_s - opened.leg.sent_s)
         return opened
 
-    async def _decode_on(self, instance: Instance, call: Call, body: bytes) -> Opened:
-        call.record.decode = instance.name
-        trace = call.trace.start_leg("decode", instance.name)
+    async def mixed(self, call: Call) -> Opened:
+        """Have a plain engine do all of it. Raises UpstreamError, NoInstanceError."""
+        instance = self.choose(self.mixed_pool, call)
+        record, prompt, policy = call.record, call.prompt, self.mixed_pool.policy
+        record.prefill = record.decode = record.decode_only = None  # if it was tried so, it failed
+        record.mixed = instance.name
+        sample = self._cost_sample(instance, call)
+        policy.started(instance, prompt)
+        try:
+            opened = await self._answer_of(instance, call, call.body.plain_json)
+        finally:
+            policy.finished(instance, prompt)
+        if sample is not None and opened.leg is not None and opened.answer.head.is_stream:
+            instance.costs.observe_prefill(*sample, time.monotonic() - opened.leg.sent_s)
+        return opened
+
+    def _cost_sample(self, instance: Instance, call: Call) -> tuple[int, int] | None:
+        """Tokens to compute and tokens ahead of them, if what they cost can be seen and is wanted."""
+        if call.body.fields.get("stream") is not True or not instance.takes_cost(time.monotonic()):
+            return None
+        num_cached = self.mixed_pool.policy.cached_tokens(call.prompt).get(instance.name, 0)
+        return max(call.prompt.num_tokens - num_cached, 0), instance.num_tokens
+
+    def _only_mixed_are_left(self, call: Call, lost: Instance) -> bool:
+        """Whether a plain engine shall do what the last D did not: sooner than to ask that D again."""
+        if not self.mixed_pool.instances:
+            return False
+        tried = call.tried | {lost}
+        return self.mixed_pool.has_up(tried) and not self.decode_pool.has_up(tried)
+
+    async def _answer_of(self, instance: Instance, call: Call, body: bytes) -> Opened:
+        trace = call.trace.start_leg(instance.role, instance.name)
         leg = Leg(instance, call.prompt.num_tokens + call.prompt.max_new_tokens)
         try:
             if call.continuable:
                 body = body[:-1] + b',"return_token_ids":true}'
             answer = await leg.send(_request(instance, call.path, call, trace.headers, body))
         except BaseException as error:
-            if isinstance(error, EngineStatusError) and call.record.decode_only is not None:
-                error.path_header = _PATH_DECODE_ONLY
+            if isinstance(error, EngineStatusError):
+                error.path_header = _path_of(call)
             trace.end(error=error.reason if isinstance(error, UpstreamError) else "aborted")
             leg.close()
             raise
@@ -232,8 +265,7 @@ class Legs:
             raise DiedError(instance)
         if not answer.head.is_stream:
             instance.succeeded()
-        path_header = _PATH_DISAGGREGATED if call.record.decode_only is None else _PATH_DECODE_ONLY
-        return Opened(instance, answer, path_header, leg, trace)
+        return Opened(instance, answer, _path_of(call), leg, trace)
 
     def _learn(self, call: Call, prefilled: Prefilled, usage: _Usage) -> None:
         instance = prefilled.instance
@@ -246,6 +278,13 @@ class Legs:
             num_computed = usage.prompt_tokens - (prefilled.num_cached_tokens or 0)
             seconds = prefilled.answered_s - prefilled.sent_s
             instance.costs.observe_prefill(num_computed, prefilled.num_tokens_ahead, seconds)
+
+
+def _path_of(call: Call) -> Header:
+    record = call.record
+    if record.mixed is not None:
+        return _PATH_MIXED
+    return _PATH_DISAGGREGATED if record.decode_only is None else _PATH_DECODE_ONLY
 
 
 def _request(instance: Instance, path: bytes, call: Call, trace_headers: bytes, body: bytes) -> bytes:

@@ -10,7 +10,7 @@ from services.global_proxy.instances.health import HealthCheck
 from services.global_proxy.instances.instance import Instance
 from services.global_proxy.instances.pool import Pool
 from services.global_proxy.membership.load_table import LoadTable, Writer
-from services.global_proxy.membership.member import Member, Role, State
+from services.global_proxy.membership.member import ROLES, Member, Role, State
 from services.global_proxy.observing.metrics import Metrics
 from services.global_proxy.policies.base import Policy
 from services.global_proxy.policies.cost_model import Costs, Fleet
@@ -23,11 +23,11 @@ from services.global_proxy.settings import Settings
 
 
 class Members:
-    """The two pools, kept as the registry has them. Close it.
+    """The pools, kept as the registry has them. Close it.
 
     Attributes:
-        prefill, decode: the pools.
-        prefixes: what the prefix caches of P hold, as far as they tell.
+        prefill, decode, mixed: the pools.
+        prefixes: what prefix caches hold, as far as they tell.
         changed: called after each change.
     """
 
@@ -44,18 +44,24 @@ class Members:
         self._table = table
         self._writer = writer
         self._metrics = metrics
-        self._fleets: dict[Role, Fleet] = {"prefill": Fleet(), "decode": Fleet()}
+        self._fleets: dict[Role, Fleet] = {role: Fleet() for role in ROLES}
         self._instances: dict[tuple[str, int], Instance] = {}
         self._checks: dict[Instance, tuple[HealthCheck, asyncio.Task[None]]] = {}
-        self._policies: dict[Role, str] = {"prefill": settings.prefill_policy, "decode": settings.decode_policy}
-        self.prefill = Pool("prefill", self._make_policy(settings.prefill_policy, "prefill"), table)
-        self.decode = Pool("decode", self._make_policy(settings.decode_policy, "decode"), table)
+        self._policies: dict[Role, str] = {
+            "prefill": settings.prefill_policy,
+            "decode": settings.decode_policy,
+            "mixed": settings.mixed_policy,
+        }
+        self.prefill, self.decode, self.mixed = (
+            Pool(role, self._make_policy(policy, role), table) for role, policy in self._policies.items()
+        )
         self.changed: Callable[[], None] = lambda: None
         metrics.instances.read_loads = self._instances.values
 
     @property
-    def pools(self) -> tuple[Pool, Pool]:
-        return self.prefill, self.decode
+    def pools(self) -> tuple[Pool, Pool, Pool]:
+        """Of P, D and plain engines."""
+        return self.prefill, self.decode, self.mixed
 
     def apply(self, state: State) -> None:
         """The registry's newest state."""
@@ -67,7 +73,8 @@ class Members:
                 self._instances[key].set_member(member)
             else:
                 self._instances[key] = self._add(member)
-        for pool, policy in ((self.prefill, state.prefill_policy), (self.decode, state.decode_policy)):
+        policies = (state.prefill_policy, state.decode_policy, state.mixed_policy)
+        for pool, policy in zip(self.pools, policies, strict=True):
             if self._policies[pool.role] != policy:
                 self._policies[pool.role] = policy
                 pool.policy = self._make_policy(policy, pool.role)
@@ -75,10 +82,18 @@ class Members:
         self._follow()
         self.changed()
 
-    async def missing_roles(self) -> list[str]:
-        """The roles of which no instance is healthy; each has been looked at."""
+    async def missing_roles(self) -> list[Role]:
+        """The roles of which no instance is healthy, though one is needed; each has been looked at.
+
+        Nothing is missing while a mixed one is up, for it does without the others.
+        """
         await asyncio.gather(*(check.checked.wait() for check, _ in self._checks.values()))
-        return [pool.role for pool in self.pools if not pool.has_healthy()]
+        if self.mixed.has_healthy():
+            return []
+        if self.mixed.instances and not (self.prefill.instances or self.decode.instances):
+            return ["mixed"]
+        missing = [pool.role for pool in (self.prefill, self.decode) if not pool.has_healthy()]
+        return [*missing, "mixed"] if missing and self.mixed.instances else missing
 
     async def close(self) -> None:
         await asyncio.gather(*self._unfollowing.values())
@@ -107,7 +122,7 @@ class Members:
             settings.health_interval_s,
             settings.health_timeout_s,
             settings.health_misses,
-            self.prefill.changed if instance.role == "prefill" else self.decode.changed,
+            next(pool for pool in self.pools if pool.role == instance.role).changed,
         )
         instance.costs = Costs(self._fleets[instance.role])
         self._checks[instance] = (check, asyncio.create_task(check.run()))

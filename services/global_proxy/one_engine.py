@@ -16,7 +16,7 @@ _TIMEOUT_S = 30.0  # an engine that hangs fails its health checks before, which 
 
 
 class OneEngine:
-    """Asks D, for it is D that answers completions; P if there is no D."""
+    """Asks D, for it is D that answers completions; plain engines, then P, if there is no D."""
 
     def __init__(self, members: Members, max_n: int) -> None:
         self._members = members
@@ -48,7 +48,7 @@ class OneEngine:
         """Raises UpstreamError: the last one's; NoInstanceError: there is none."""
         failure: UpstreamError | None = None
         try:
-            for pool in (self._members.decode, self._members.prefill):
+            for pool in (self._members.decode, self._members.mixed, self._members.prefill):
                 for instance in sorted(pool.up(), key=_load):
                     try:
                         return await _ask(instance, request, lines, body)

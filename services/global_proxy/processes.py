@@ -101,7 +101,9 @@ def make_registry(settings: Settings, table: LoadTable) -> Registry:
         if spec.role == "prefill" and settings.connector == "mooncake" and spec.bootstrap_url is None:
             raise ValueError(f"bootstrap_url: {spec.name} has none; Mooncake needs it: give http://HOST:PORT")
 
-    registry = Registry(table, names, settings.prefill_policy, settings.decode_policy, check)
+    registry = Registry(
+        table, names, settings.prefill_policy, settings.decode_policy, check, mixed_policy=settings.mixed_policy
+    )
     for spec in settings.specs():
         registry.add(spec, "file")
     return registry

@@ -25,6 +25,7 @@ from services.global_proxy.membership.admin import make_admin_router
 from services.global_proxy.membership.admin_route import admin_token
 from services.global_proxy.membership.load_table import LoadTable
 from services.global_proxy.membership.registry_client import RegistryClient
+from services.global_proxy.mixed import MixedEngines
 from services.global_proxy.observing.cells import Cells
 from services.global_proxy.observing.metrics import Metrics
 from services.global_proxy.observing.refusals import reason_of
@@ -87,14 +88,14 @@ class Proxy:
         self.members = Members(settings, self._key, self.table, writer, metrics)
         self._stack.push_async_callback(self.members.close)
         self._registry.subscribe(self.members.apply)
-        prefill, decode = self.members.pools
+        prefill, decode, mixed = self.members.pools
         queueing = QueueSettings(max_waiting=settings.max_queued, max_wait_s=settings.max_queue_s)
-        self._gate = Gate(decode, self.table, writer, queueing, settings.max_active_per_decode)
+        self._gate = Gate((decode, mixed), self.table, writer, queueing, settings.max_active_per_decode)
         self.members.changed = self._gate.look
         retries = RetryBudget(settings.max_retries, metrics)
         prompts = PromptReader()
         short = ShortPrompts(prefill, decode, settings.min_prefill_tokens)
-        legs = Legs(prefill, decode, prompts, short, retries, metrics)
+        legs = Legs(prefill, decode, mixed, prompts, short, retries, metrics)
         self.ledger = LeaseLedger(metrics.open_leases)
         way = make_way(settings, self._key, legs, self.ledger)
         self._stack.push_async_callback(way.close)
@@ -102,13 +103,14 @@ class Proxy:
         self._stack.callback(self._request_log.close)
         tracing = Tracing(self._tracing, metrics.traces)
         self._stack.push_async_callback(tracing.close)
-        continuer = Continuer(decode, metrics.itl_seconds, settings.continue_streams)
+        continuer = Continuer(decode, mixed, metrics.itl_seconds, settings.continue_streams)
         self._serving = Serving(
             Parts(
                 settings=settings,
                 gate=self._gate,
                 way=way,
                 legs=legs,
+                mixed=MixedEngines(legs, short, metrics),
                 continuer=continuer,
                 retries=retries,
                 short=short,

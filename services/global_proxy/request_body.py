@@ -207,6 +207,11 @@ class RequestBody:
         return _encode({"kv_transfer_params": params} | self.sent)
 
     @property
+    def answer_may_be_kept(self) -> bool:
+        """By the engine that gives it, for a later request to go on from (/v1/responses)."""
+        return self._is_responses
+
+    @property
     def _is_responses(self) -> bool:
         return self.fields.get("input") is not None and self._prompt is self.fields["input"]
 

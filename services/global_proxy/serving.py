@@ -21,6 +21,7 @@ from services.global_proxy.http.engine_connection import Sink
 from services.global_proxy.http.reply import Reply
 from services.global_proxy.instances.instance import Instance
 from services.global_proxy.legs import Legs, Opened
+from services.global_proxy.mixed import OTHERS_DOWN, MixedEngines
 from services.global_proxy.observing.metrics import Metrics
 from services.global_proxy.observing.request_log import RequestLog, RequestRecord
 from services.global_proxy.observing.tracing import RequestTrace, Tracing
@@ -53,6 +54,7 @@ class Parts:
     gate: Gate
     way: Way
     legs: Legs
+    mixed: MixedEngines
     continuer: Continuer
     retries: RetryBudget
     short: ShortPrompts
@@ -64,7 +66,7 @@ class Parts:
 
 
 class Serving:
-    """Serves what is answered by P and D together."""
+    """Serves what is answered by P and D together, or by one engine that does both."""
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
@@ -180,11 +182,19 @@ class Serving:
             reason = SEVERAL_CHOICES
         if reason is None and parts.short.applies(call.prompt):
             reason = SHORT_PROMPT
-        if reason is not None:
-            return await parts.legs.decode_alone(call, reason)
-        if self._settings.fallback == "decode_only" and not parts.legs.prefill_pool.has_healthy():
-            return await parts.legs.decode_alone(call, NO_PREFILL)
-        return await parts.way.open(call)
+        has_mixed = bool(parts.legs.mixed_pool.instances)
+        if has_mixed and (why := parts.mixed.why(call, needs_one_engine=reason is not None)) is not None:
+            return await parts.mixed.open(call, why)
+        try:
+            if reason is not None:
+                return await parts.legs.decode_alone(call, reason)
+            if self._settings.fallback == "decode_only" and not parts.legs.prefill_pool.has_healthy():
+                return await parts.legs.decode_alone(call, NO_PREFILL)
+            return await parts.way.open(call)
+        except NoInstanceError:
+            if not has_mixed:
+                raise
+        return await parts.mixed.open(call, OTHERS_DOWN)
 
     # Relay
 
@@ -214,7 +224,7 @@ class Serving:
             opened.close(error.reason)
             await self._continue(call, relay, reply, error)
         finally:
-            self._note_speed(instance, relay, record, load_before)
+            self._note_speed(instance, relay, call, load_before)
         reply.end()
 
     async def _continue(self, call: Call, relay: StreamRelay, reply: Reply, error: DiedError) -> None:
@@ -252,15 +262,16 @@ class Serving:
             opened.close()
         raise lost
 
-    def _note_speed(
-        self, instance: Instance, relay: StreamRelay, record: RequestRecord, load_before: tuple[int, int]
-    ) -> None:
-        """Args: load_before: requests and tokens on D as the stream began; what it cost is due to the mean."""
+    def _note_speed(self, instance: Instance, relay: StreamRelay, call: Call, load_before: tuple[int, int]) -> None:
+        """Args: load_before: requests and tokens there as the stream began; what it cost is due to the mean."""
+        record = call.record
         record.chunks = relay.num_chunks
         record.tpot_s = relay.seconds_per_chunk
         if record.tpot_s is None or record.continued:
             return
         self._metrics.tpot_seconds.observe(record.tpot_s)
+        if self._parts.legs.mixed_pool.instances:
+            self._parts.mixed.saw_answer(record.chunks, call.prompt.max_new_tokens)
         if instance.takes_cost(relay.last_s):
             num_requests = (load_before[0] + instance.num_requests) // 2
             num_tokens = (load_before[1] + instance.num_tokens) // 2
@@ -269,7 +280,7 @@ class Serving:
 
 async def _stream(opened: Opened, sink: Sink, reply: Reply) -> None:
     """Raises DiedError."""
-    assert opened.leg is not None, "only D streams"
+    assert opened.leg is not None, "a stream has begun"
     reply.fed_by(opened.leg.connection)
     try:
         await opened.leg.relay_to(sink)

@@ -6,7 +6,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from kv_transfer.auth import default_key_path
-from services.global_proxy.membership.member import InstanceSpec
+from services.global_proxy.membership.member import InstanceSpec, Role
 
 Connector = Literal["omni", "nixl", "mooncake"]
 Mode = Literal["pull", "layerwise"]
@@ -40,11 +40,12 @@ class Settings:
 
     prefill_urls: tuple[str, ...]
     decode_urls: tuple[str, ...]
+    mixed_urls: tuple[str, ...] = ()  # plain engines, prefill and decode together
     connector: Connector = "omni"  # the engines' KV connector: ours, or one of vLLM's
     mode: Mode = "pull"  # omni: whether D reads a prompt's KV when all of it is computed, or layer by layer
     bootstrap_urls: tuple[str, ...] = ()  # mooncake: of each P's bootstrap server, in the order of prefill_urls
     kv_addresses: tuple[str, ...] = ()  # layerwise: HOST:PORT where each P is asked for KV, in that order
-    kv_events: tuple[str, ...] = ()  # HOST:PORT where each P publishes what its prefix cache holds, in that order
+    kv_events: tuple[str, ...] = ()  # HOST:PORT where each P, or P and mixed, publishes what its prefix cache holds
     key_file: Path = field(default_factory=default_key_path)  # omni: the deployment key
     request_timeout_s: float = 600.0  # from the first byte of a request to the last of its answer
     connect_timeout_s: float = 5.0  # to an engine, name lookup included; a lost SYN is sent again after 1 s and 3 s
@@ -53,11 +54,12 @@ class Settings:
     reader_timeout_s: float = 30.0  # for a client that takes nothing of its answer
     prefill_policy: str = "prefix_aware"
     decode_policy: str = "pd_score_balance"
+    mixed_policy: str = "prefix_aware"
     max_retries: int = 2  # of one request, with other instances
     fallback: Fallback = "none"  # decode_only: while no P is up, D computes prompts too
     min_prefill_tokens: int | None = None  # shorter prompts go to D alone; None: found from what was seen; 0: none do
     continue_streams: bool = True  # where D is lost mid-stream and another can go on exactly
-    max_active_per_decode: int = 256  # requests in flight for each D; vLLM's own --max-num-seqs
+    max_active_per_decode: int = 256  # requests in flight for each D or mixed; vLLM's own --max-num-seqs
     max_queued: int = 1024  # requests that wait for a place, in each worker
     max_queue_s: float = 30.0  # how long they do
     api_keys_file: Path | None = None  # hashed keys; without it everybody is let in
@@ -75,9 +77,8 @@ class Settings:
     max_n: int = 128  # OpenAI's own limit on `n`
 
     def __post_init__(self) -> None:
-        for name, urls in (("prefill", self.prefill_urls), ("decode", self.decode_urls)):
-            if not urls and self.control_port is None:
-                raise ValueError(f"--{name}: give at least one URL, or a --control-port for instances to join")
+        self._check_instances()
+        for name, urls in self._urls:
             if len(set(urls)) != len(urls):
                 raise ValueError(f"--{name}: the same URL is given twice")
             for url in urls:
@@ -86,6 +87,22 @@ class Settings:
         self._check_numbers()
         if (self.tls_certificate_file is None) != (self.tls_key_file is None):
             raise ValueError("--tls-certificate, --tls-key: give both or none")
+
+    @property
+    def _urls(self) -> tuple[tuple[Role, tuple[str, ...]], ...]:
+        return ("prefill", self.prefill_urls), ("decode", self.decode_urls), ("mixed", self.mixed_urls)
+
+    def _check_instances(self) -> None:
+        if self.control_port is not None:
+            return
+        if not (self.prefill_urls or self.decode_urls or self.mixed_urls):
+            raise ValueError(
+                "no instances: give --prefill URL and --decode URL, or --mixed URL for plain engines, or a"
+                " --control-port for instances to join"
+            )
+        for name, urls in self._urls[:2]:
+            if not urls and (self.prefill_urls or self.decode_urls):
+                raise ValueError(f"--{name}: give at least one URL, or a --control-port for instances to join")
 
     def _check_numbers(self) -> None:
         for name in _SECONDS:
@@ -120,20 +137,29 @@ class Settings:
                 raise ValueError(f"{option}: only {needed_by} needs it")
         for address in self.kv_events:
             _check_address("kv-events", address)
-        if self.kv_events and len(self.kv_events) != len(self.prefill_urls):
-            raise ValueError("--kv-events: give one for each --prefill, in the same order, or none")
+        num_prefill, num_all = len(self.prefill_urls), len(self.prefill_urls) + len(self.mixed_urls)
+        if len(self.kv_events) not in (0, num_prefill, num_all):
+            raise ValueError(
+                "--kv-events: give one for each --prefill, in the same order; or for --mixed, too, after these; or none"
+            )
 
     def specs(self) -> list[InstanceSpec]:
         """The instances that are there from the start."""
         kv_addresses = self.kv_addresses or (None,) * len(self.prefill_urls)
         bootstrap_urls = self.bootstrap_urls or (None,) * len(self.prefill_urls)
-        kv_events = self.kv_events or (None,) * len(self.prefill_urls)
+        num_prefill = len(self.prefill_urls)
+        kv_events = self.kv_events[:num_prefill] or (None,) * num_prefill
+        kv_events_of_mixed = self.kv_events[num_prefill:] or (None,) * len(self.mixed_urls)
         return [
             *(
                 InstanceSpec("prefill", *addresses)
                 for addresses in zip(self.prefill_urls, kv_addresses, bootstrap_urls, kv_events, strict=True)
             ),
             *(InstanceSpec("decode", url) for url in self.decode_urls),
+            *(
+                InstanceSpec("mixed", url, kv_events=events)
+                for url, events in zip(self.mixed_urls, kv_events_of_mixed, strict=True)
+            ),
         ]
 
 

@@ -32,6 +32,11 @@ class ShortPrompts:
     def min_prefill_tokens(self) -> int:
         return self._bound if self._fixed is None else self._fixed
 
+    @property
+    def handoff_s(self) -> float:
+        """From P's answer to D's first byte; 0 until one was seen."""
+        return self._handoff_s or 0.0
+
     def applies(self, prompt: Prompt) -> bool:
         """Whether D shall compute this prompt alone."""
         if self._fixed is not None:

@@ -99,6 +99,11 @@ class Deployment:
     def cli(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         return omni_cli(self.env, *arguments)
 
+    def status(self) -> dict[str, Any]:
+        """What `omni_cli status --json` says of the processes; no completion is taken."""
+        shown: dict[str, Any] = json.loads(self.cli("status", "--json", "--no-completion").stdout)
+        return shown
+
     def prefill_is_idle(self) -> bool:
         """Every lease has ended and every KV block is free."""
         return all(
@@ -195,7 +200,7 @@ def deployed(
             name, servers["proxy"][0], servers["prefill"], servers["decode"], "test-model", folder / "logs", env
         )
     finally:
-        pids = [p["pid"] for p in json.loads(omni_cli(env, "status", "--json").stdout)["processes"]]
+        pids = [p["pid"] for p in json.loads(omni_cli(env, "status", "--json", "--no-completion").stdout)["processes"]]
         stopped = omni_cli(env, "stop", name)
         assert stopped.returncode == 0, stopped.stdout + stopped.stderr
         for folder in (Path("/dev/shm"), Path(tempfile.gettempdir())):  # noqa: S108

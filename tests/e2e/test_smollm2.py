@@ -1,6 +1,5 @@
 """Real engines, SmolLM2-135M, 1P1D: a real model's answers, and what happens when its engines are killed."""
 
-import json
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -65,7 +64,7 @@ class TestRestart:
         assert choices(answer) == expected
 
     def test_nothing_outlives_a_killed_launcher(self, deployment: Deployment) -> None:
-        launcher = psutil.Process(json.loads(deployment.cli("status", "--json").stdout)["deployment"]["launcher_pid"])
+        launcher = psutil.Process(deployment.status()["deployment"]["launcher_pid"])
         descendants = launcher.children(recursive=True)
         assert len(descendants) > 6
         config = deployment.log_folder.parent / "deployment.yaml"
@@ -79,5 +78,5 @@ class TestRestart:
 
 
 def _process(deployment: Deployment, name: str) -> dict[str, object]:
-    processes = json.loads(deployment.cli("status", "--json").stdout)["processes"]
+    processes = deployment.status()["processes"]
     return next(p for p in processes if p["name"] == name)

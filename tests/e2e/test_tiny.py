@@ -144,7 +144,7 @@ class TestDisaggregation:
         import psutil
 
         assert eventually(deployment.prefill_is_idle, 35)
-        launcher = psutil.Process(json.loads(deployment.cli("status", "--json").stdout)["deployment"]["launcher_pid"])
+        launcher = psutil.Process(deployment.status()["deployment"]["launcher_pid"])
         processes = [launcher, *launcher.children(recursive=True)]
         before = {process.pid: sum(process.cpu_times()[:2]) for process in processes}
         time.sleep(3)
@@ -215,7 +215,7 @@ class TestClientErrors:
 
 class TestCommandLine:
     def test_status_shows_every_process_ready(self, deployment: Deployment) -> None:
-        status = deployment.cli("status", "--json")
+        status = deployment.cli("status", "--json", "--no-completion")
         assert status.returncode == 0
         states = {p["name"]: p["state"] for p in json.loads(status.stdout)["processes"]}
         assert states == dict.fromkeys(

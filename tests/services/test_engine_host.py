@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from omni.deployment.errors import DeploymentError
+from omni.deployment.groups import Pool
 from omni.process import remove_traces
 from services import engine_host
-from tests.omni.deployment.samples import content, model_folder, planned, put
+from tests.omni.deployment.samples import content, model, model_folder, put
 
 TIMEOUT_S = 60
 REPOSITORY = Path(__file__).parents[2]
@@ -74,14 +76,27 @@ def test_arguments_that_are_refused(
     assert message in capsys.readouterr().err
 
 
-def test_which_engines(tmp_path: Path) -> None:
-    plan = planned(tmp_path, put(content(prefill=2), "services/prefill/data_parallel_size", 2))
-    assert [engine.name for engine in engine_host._engines(plan, None, None)] == [
+def engines(role: Pool | None, file: Path, *arguments: str) -> list[str]:
+    args = engine_host._parser(role).parse_args(["--config", str(file), *arguments])
+    return [engine.name for engine in engine_host._engines(args, role)[1]]
+
+
+def test_which_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("omni.deployment.load.read_model_info", lambda folder: model(path=folder))
+    file = tmp_path / "deploy.yml"
+    data = put(content(prefill=2), "services/prefill/data_parallel_size", 2)
+    put(data, "deployment/prefill/group2/hosts", "127.0.0.1,127.0.0.2")
+    file.write_text(yaml.safe_dump(data | {"backend": "ansible"}))
+    assert engines(None, file) == [
         *("prefill.group1.rank0", "prefill.group1.rank1", "prefill.group2.rank0", "prefill.group2.rank1"),
         "decode.group1.rank0",
     ]
-    group2 = engine_host._engines(plan, "prefill", "group2")
-    assert [engine.name for engine in group2] == ["prefill.group2.rank0", "prefill.group2.rank1"]
+    assert engines(None, file, "--on", "127.0.0.2") == ["prefill.group2.rank1"]
+    assert engines("prefill", file, "--group", "group2") == ["prefill.group2.rank0", "prefill.group2.rank1"]
+    node = ("--listen", "127.0.0.1", "--node", "1", "--master", "192.0.2.1", "--join", "proxy:7001")
+    assert engines("prefill", file, "--group", "group2", *node) == ["prefill.group2.rank1"]
+    with pytest.raises(DeploymentError, match=r"--group: there is no decode group 'group2'"):
+        engines("decode", file, "--group", "group2")
 
 
 def forked(serve: Callable[[], None]) -> tuple[int, str]:

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,8 +35,17 @@ class Engine:
     def name(self) -> str:
         return f"127.0.0.1:{self.port}"
 
-    def agent(self, *proxies: str, key: DeploymentKey = KEY, load: Load | None = None, **options: Any) -> InstanceAgent:
-        settings = AgentSettings(proxies=proxies, role="decode", url=f"http://{self.name}", facts={"model": "m"})
+    def agent(
+        self,
+        *proxies: str,
+        key: DeploymentKey = KEY,
+        load: Load | None = None,
+        role: str = "decode",
+        facts: dict[str, str] | None = None,
+        **options: Any,
+    ) -> InstanceAgent:
+        facts = {"model": "m"} | (facts or {})
+        settings = AgentSettings(proxies=proxies, role=role, url=f"http://{self.name}", facts=facts)
         return InstanceAgent(settings, key, lambda: load or Load(), **{"first_backoff_s": 0.05, **options})
 
 
@@ -74,6 +83,75 @@ async def test_it_comes_back_to_a_proxy_that_was_away() -> None:
             await asyncio.sleep(0.2)
             async with plane(port) as proxy:
                 await until(lambda proxy=proxy: proxy.is_there(at.name))
+
+
+async def test_a_proxy_by_its_name() -> None:
+    async with plane() as proxy, engine() as at, at.agent(f"localhost:{proxy.port}"):
+        await until(lambda: proxy.is_there(at.name))
+
+
+async def test_a_name_that_nobody_knows_is_said_once_and_looked_up_again(caplog: pytest.LogCaptureFixture) -> None:
+    """As a service's in a cluster, before it has an address."""
+    caplog.set_level(logging.WARNING, "services.instance_agent")
+    async with engine() as at, at.agent("nobody.invalid:7001"):
+        await until(lambda: caplog.records)
+        await asyncio.sleep(0.5)
+    (said,) = [record.message for record in caplog.records]
+    assert said.startswith("proxy nobody.invalid:7001: UNAVAILABLE: ")
+    assert said.endswith("; trying again")
+
+
+async def test_one_that_starts_again_elsewhere_is_another_and_the_old_one_is_forgotten() -> None:
+    """As a pod with a new address: nobody has said that the old one leaves."""
+    async with plane(report_interval_s=0.1, silent_s=0.4, rejoin_s=0.2) as proxy:
+        async with engine() as before:
+            agent = before.agent(proxy.address, role="mixed")
+            await agent.__aenter__()
+            await until(lambda: proxy.is_there(before.name))
+            for task in agent._tasks:  # as SIGKILL would
+                task.cancel()
+            await asyncio.wait(agent._tasks)
+        async with engine() as after, after.agent(proxy.address, role="mixed"):
+            await until(lambda: proxy.is_there(after.name))
+            await until(lambda: not proxy.is_there(before.name))
+            assert [member.name for member in proxy.registry.members()] == [after.name]
+            assert proxy.server.num_joined == 1
+
+
+async def test_one_that_is_not_heard_any_more_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its stream stands, as when its host is cut off."""
+
+    async def for_long(agent: InstanceAgent, timeout_s: float) -> None:
+        await agent._leaving.wait()
+
+    monkeypatch.setattr(InstanceAgent, "_wait", for_long)
+    times: dict[str, Any] = {"report_interval_s": 0.1, "silent_s": 0.4, "rejoin_s": 30}
+    async with plane(**times) as proxy, engine() as at, at.agent(proxy.address, role="mixed"):
+        await until(lambda: proxy.is_there(at.name))
+        await until(lambda: not proxy.is_there(at.name))
+
+
+async def test_a_plain_engine_need_not_agree_in_what_hands_off() -> None:
+    async with plane() as proxy, engine() as at, engine() as other, AsyncExitStack() as stack:
+        for joining, role, connector in ((at, "mixed", "none"), (other, "decode", "omni")):
+            facts = {"connector": connector, "mode": connector}
+            await stack.enter_async_context(joining.agent(proxy.address, role=role, facts=facts))
+            await until(lambda joining=joining: proxy.is_there(joining.name))
+
+
+async def test_it_says_once_that_its_instance_does_not_listen(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("services.instance_agent._READY_INTERVAL_S", 0.01)
+    monkeypatch.setattr("services.instance_agent._SAY_UNREADY_AFTER_S", 0.05)
+    caplog.set_level(logging.WARNING, "services.instance_agent")
+    async with engine() as at:
+        pass
+    async with plane() as proxy, at.agent(proxy.address):
+        await until(lambda: caplog.records)
+        await asyncio.sleep(0.1)
+    (said,) = [record.message for record in caplog.records]
+    assert said.startswith(f"http://{at.name} does not listen yet (")
 
 
 async def test_it_waits_until_its_instance_listens(monkeypatch: pytest.MonkeyPatch) -> None:

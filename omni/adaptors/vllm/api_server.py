@@ -29,6 +29,31 @@ def serve(arguments: Sequence[str], beside: Beside = nullcontext) -> None:
     """
     import uvloop
     from vllm.entrypoints.launchers.api_server.entry import run_server
+
+    args = _parsed(arguments)
+    try:
+        hand_off_guard.install(args)
+        event_publisher.install(args)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    uvloop.run(_beside(beside, run_server(args)))
+
+
+def work_for_another_host(arguments: Sequence[str]) -> None:
+    """Run this host's workers of a DP rank whose api server is on another host, until SIGTERM.
+
+    Args:
+        arguments: those of that api server with this host's --node-rank, and --headless.
+    """
+    from vllm.entrypoints.cli.serve import run_headless
+
+    args = _parsed(arguments)
+    args.api_server_count = 0
+    run_headless(args)
+
+
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """vLLM's arguments, with all set up that must be before an engine starts."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.logger import configure_logging_from_args
     from vllm.platforms import current_platform
@@ -41,15 +66,11 @@ def serve(arguments: Sequence[str], beside: Beside = nullcontext) -> None:
     if current_platform.is_cpu():
         queue_waits.sleep_at_once()
         seeded_chunks.keep_engines_alive()
-    args = make_arg_parser(FlexibleArgumentParser(prog="vllm serve")).parse_args(list(arguments))
+    parser = make_arg_parser(FlexibleArgumentParser(prog="vllm serve"))
+    args: argparse.Namespace = parser.parse_args(list(arguments))
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
-    try:
-        hand_off_guard.install(args)
-        event_publisher.install(args)
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
-    uvloop.run(_beside(beside, run_server(args)))
+    return args
 
 
 async def _beside(beside: Beside, serving: Coroutine[Any, Any, None]) -> None:

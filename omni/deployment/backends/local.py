@@ -1,4 +1,4 @@
-"""Run a launch plan on this machine: one engine host for all engines (a single import of vLLM), and the proxy."""
+"""Run a launch plan, or this host's part of one: an engine host for all engines (one import of vLLM), and the proxy."""
 
 import os
 import sys
@@ -12,12 +12,14 @@ from omni.process import parent_environment, remove_traces, start_ticks
 from omni.supervisor import Child, Supervisor
 
 ENGINE_HOST = "engine_host"
+RUN_NAME = "OMNI_RUN_NAME"  # tells the engine host whose run folder is its own
 
 
-def serve(plan: LaunchPlan, *, on_tick: Callable[[], bool] | None = None) -> int:
+def serve(plan: LaunchPlan, *, on: str | None = None, on_tick: Callable[[], bool] | None = None) -> int:
     """Run the deployment until SIGTERM or SIGINT; returns the exit code.
 
     Args:
+        on: the host of the file that this machine is, if `plan` is only its part.
         on_tick: called some times a second until it returns False.
 
     Raises:
@@ -26,21 +28,30 @@ def serve(plan: LaunchPlan, *, on_tick: Callable[[], bool] | None = None) -> int
     folder = claim_folder(plan, state=_state(plan))
     remove_traces()
     log_folder = plan.proxy.log_file.parent
-    engine_host = Child(
-        name=ENGINE_HOST,
-        start=partial(_spawn, (sys.executable, "-m", "services.engine_host", "--config", str(plan.config_file)), {}),
-        log_file=log_folder / f"{ENGINE_HOST}.log",
-        stop_timeout_s=30,
-        final_codes=(1, 2),
-    )
-    proxy = Child(
-        name=plan.proxy.name,
-        start=partial(_spawn, plan.proxy.command, dict(plan.proxy.env)),
-        log_file=plan.proxy.log_file,
-        ready_url=f"{plan.proxy.url}/live",
-    )
+    children = []
+    if plan.engines:
+        where = () if on is None else ("--on", on)
+        command = (sys.executable, "-m", "services.engine_host", "--config", str(plan.config_file), *where)
+        children.append(
+            Child(
+                name=ENGINE_HOST,
+                start=partial(_spawn, command, {RUN_NAME: plan.folder_name}),
+                log_file=log_folder / f"{ENGINE_HOST}.log",
+                stop_timeout_s=30,
+                final_codes=(1, 2),
+            )
+        )
+    if plan.runs_proxy:
+        children.append(
+            Child(
+                name=plan.proxy.name,
+                start=partial(_spawn, plan.proxy.command, dict(plan.proxy.env)),
+                log_file=plan.proxy.log_file,
+                ready_url=f"{plan.proxy.url}/live",
+            )
+        )
     try:
-        return Supervisor([engine_host, proxy], folder, on_tick=on_tick).run()
+        return Supervisor(children, folder, on_tick=on_tick).run()
     finally:
         remove_traces()
         folder.remove()
@@ -52,13 +63,13 @@ def claim_folder(plan: LaunchPlan, *, state: DeploymentState | None = None) -> R
     Raises:
         DeploymentError: a deployment of that name is running.
     """
-    folder = RunFolder.of(plan.name)
+    folder = RunFolder.of(plan.folder_name)
     with one_at_a_time():
         earlier = folder.deployment()
         if earlier is not None and earlier.is_running:
             raise DeploymentError(
-                f"deployment {plan.name!r} is running already (pid {earlier.launcher_pid}): "
-                f"`omni_cli stop {plan.name}` first, or give this one another `name`"
+                f"deployment {plan.folder_name!r} is running already (pid {earlier.launcher_pid}): "
+                f"`omni_cli stop {plan.folder_name}` first, or give this one another `name`"
             )
         folder.remove()
         if state is not None:
@@ -68,7 +79,7 @@ def claim_folder(plan: LaunchPlan, *, state: DeploymentState | None = None) -> R
 
 def _state(plan: LaunchPlan) -> DeploymentState:
     return DeploymentState(
-        name=plan.name,
+        name=plan.folder_name,
         config_file=str(plan.config_file.resolve()),
         log_folder=str(plan.proxy.log_file.parent.resolve()),
         proxy_url=plan.proxy.url,

@@ -1,10 +1,13 @@
 """The way in: rate limits, then a place among the requests in flight."""
 
 import time
+from collections.abc import Iterator
+from itertools import chain
 
 from services.global_proxy.admission.kv_budget import KvBudget
 from services.global_proxy.admission.queue import AdmissionQueue, QueueSettings
 from services.global_proxy.admission.rate_limit import RateLimiter
+from services.global_proxy.instances.instance import Instance
 from services.global_proxy.instances.pool import Pool
 from services.global_proxy.membership.load_table import LoadTable, Writer
 from services.global_proxy.policies.base import Prompt
@@ -43,21 +46,27 @@ class Gate:
     """One worker's.
 
     Args:
-        max_active_per_decode: requests in flight that a D is to be given; all of them together are the limit.
+        answering: the pools whose instances answer: of D and of plain engines.
+        max_active: requests in flight that each of these is to be given; all of them together are the limit.
     """
 
     def __init__(
-        self, decode: Pool, table: LoadTable, writer: Writer, settings: QueueSettings, max_active_per_decode: int
+        self,
+        answering: tuple[Pool, ...],
+        table: LoadTable,
+        writer: Writer,
+        settings: QueueSettings,
+        max_active: int,
     ) -> None:
         self.writer = writer
-        self._decode = decode
+        self._answering = answering
         self._table = table
-        self._max_active = max_active_per_decode
+        self._max_active = max_active
         self._kv = KvBudget()
         self._looked_s = float("-inf")
         self._limiter = RateLimiter(writer.buckets)
         elsewhere = self._elsewhere if table.num_workers > 1 else None
-        self.queue = AdmissionQueue(max_active_per_decode, self._kv, settings, elsewhere)
+        self.queue = AdmissionQueue(max_active, self._kv, settings, elsewhere)
 
     def charge(self, key: ApiKey | None, prompt: Prompt) -> None:
         """Count the request against its key's rates. Raises RateLimitError."""
@@ -101,7 +110,7 @@ class Gate:
 
     def _look_at_instances(self) -> None:
         self._looked_s = time.monotonic()
-        serving = [instance for instance in self._decode.instances if instance.member.state == "active"]
+        serving = [instance for instance in self._instances() if instance.member.state == "active"]
         self.queue.max_in_flight = max(1, int(len(serving) * self._max_active * _KEEP_FED))
         reports = [self._table.report(instance.slot) for instance in serving]
         known = [report for report in reports if report is not None and report.kv_total_tokens]
@@ -111,8 +120,11 @@ class Gate:
         else:
             self._kv.report(None, 0)
 
+    def _instances(self) -> Iterator[Instance]:
+        return chain.from_iterable(pool.instances for pool in self._answering)
+
     def _elsewhere(self) -> tuple[int, int]:
-        """Requests in flight in other workers, and the tokens that these have on D."""
+        """Requests in flight in other workers, and the tokens that these have where answers are made."""
         num_in_flight = self._table.num_in_flight() - self.queue.num_in_flight
-        tokens = sum(instance.num_tokens for instance in self._decode.instances)
+        tokens = sum(instance.num_tokens for instance in self._instances())
         return max(num_in_flight, 0), max(tokens - self._kv.reserved_tokens, 0)

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_FACTS: Final = 32
 _MAX_START_ID_BYTES: Final = 64
+_OF_HAND_OFFS: Final = ("connector", "mode")  # facts in which a plain engine need not agree: it hands nothing off
 
 
 @dataclass(eq=False, slots=True)
@@ -77,7 +78,7 @@ class Attendance:
             RefusedError: it cannot be a member; the message says what to do.
         """
         instance, spec = _parse(instance_bytes)
-        facts = dict(instance.facts)
+        facts = {key: fact for key, fact in instance.facts.items() if spec.role != "mixed" or key not in _OF_HAND_OFFS}
         self._check_facts(spec.name, facts)
         earlier = self._joined.pop(spec.name, None)
         if earlier is not None:

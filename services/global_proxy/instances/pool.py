@@ -38,6 +38,10 @@ class Pool:
         """Whether an instance answers its health checks and takes requests."""
         return bool(self._serving())
 
+    def has_up(self, tried: Collection[Instance] = ()) -> bool:
+        """Whether one takes requests that has not been tried."""
+        return any(instance not in tried for instance in self.up())
+
     def changed(self) -> None:
         """One of them is no longer what it was: look again before the next choice."""
         self._fresh_until_s = 0.0

@@ -29,7 +29,7 @@ class NewInstance(_Model):
     bootstrap_url: str | None = Field(None, max_length=_MAX_CHARS, description="A prefill instance's, with Mooncake.")
 
     kv_events: str | None = Field(
-        None, max_length=_MAX_CHARS, description="HOST:PORT where a prefill instance tells what its prefix cache holds."
+        None, max_length=_MAX_CHARS, description="HOST:PORT where it tells what its prefix cache holds; not of decode."
     )
 
     def spec(self) -> InstanceSpec:
@@ -99,6 +99,7 @@ class Instances(_Model):
 class Policies(_Model):
     prefill: str
     decode: str
+    mixed: str
 
 
 class ProxyState(Instances):
@@ -134,7 +135,7 @@ class ErrorBody(_Model):
 
 
 def policies_of(state: State) -> Policies:
-    return Policies(prefill=state.prefill_policy, decode=state.decode_policy)
+    return Policies(prefill=state.prefill_policy, decode=state.decode_policy, mixed=state.mixed_policy)
 
 
 def _report(table: LoadTable, slot: int) -> Report | None:

@@ -7,8 +7,8 @@ The memory has no name. It is made before the workers, which inherit it (`fd`), 
     requests workers x slots        in flight, sent by this worker                       written by that worker
     tokens   workers x slots        of these requests                                    written by that worker
     leases   workers x slots        prompts whose KV this P keeps for a D to read        written by that worker
-    totals   workers x 5            this worker's requests in flight and queued, its     written by that worker
-                                    connections, and its choices of P and of D
+    totals   workers x 6            this worker's requests in flight and queued, its     written by that worker
+                                    connections, and its choices of each role
     verdicts (workers + 1) x slots  the latest that this worker says of an instance      written by that worker; the
                                                                                          last row by the registry
     reports  slots x 5              what an instance says of itself                      written by the registry
@@ -38,7 +38,7 @@ _MAGIC: Final = 0x6F6D6E695F6C7431
 _HEADER_CELLS: Final = 8
 _CELL_BYTES: Final = 8
 _REPORT_CELLS: Final = 5
-_TOTAL_CELLS: Final = 5
+_TOTAL_CELLS: Final = 6
 
 
 class LoadTable:
@@ -153,7 +153,7 @@ class LoadTable:
         return sum(row[1] for row in self._totals)
 
     def turns(self, role: Role) -> int:
-        """How often a P, or a D, has been chosen in turn."""
+        """How often an instance of this role has been chosen in turn."""
         column = TURN_COLUMNS[role]
         return sum(row[column] for row in self._totals)
 

@@ -9,7 +9,7 @@ from services.global_proxy.membership.member import Role
 _DOWN_BITS: Final = 21
 _DOWN_MASK: Final = (1 << _DOWN_BITS) - 1  # of a verdict: for how long the instance is down; all zero: it is up
 _DOWN_UNIT_MS: Final = 10  # so the longest is 5.8 hours
-TURN_COLUMNS: Final[dict[Role, int]] = {"prefill": 3, "decode": 4}  # of the totals
+TURN_COLUMNS: Final[dict[Role, int]] = {"prefill": 3, "decode": 4, "mixed": 5}  # of the totals
 
 
 def down_until_s(verdict: int) -> float:

@@ -1,15 +1,20 @@
 """What is known of the instances: plain data, the same in every process of the proxy and on its channels."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Literal, Self, get_args
 from urllib.parse import urlsplit
 
-Role = Literal["prefill", "decode"]
+Role = Literal["prefill", "decode", "mixed"]  # mixed: a plain engine, prefill and decode together
 Source = Literal["file", "joined", "admin"]  # named at the start, by its own agent, through the admin API
 DrainState = Literal["active", "draining"]
 
 ROLES: tuple[Role, ...] = get_args(Role)
+_ONLY_OF: Mapping[str, tuple[Role, ...]] = MappingProxyType(
+    {"kv_address": ("prefill",), "bootstrap_url": ("prefill",), "kv_events": ("prefill", "mixed")}
+)
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _MAX_ADDRESS_CHARS = 300  # a DNS name has 253 at most
 _HOST = re.compile(r"[a-z0-9._-]+|\[[0-9a-f:.]+(%25[a-z0-9._-]+)?\]")  # a name, an IPv4 address, or IPv6 in brackets
@@ -26,7 +31,8 @@ class InstanceSpec:
         url: http://HOST:PORT or https://HOST:PORT, without a path.
         kv_address: HOST:PORT where a prefill instance is asked for KV (hand-off layer by layer).
         bootstrap_url: a prefill instance's bootstrap server (Mooncake).
-        kv_events: HOST:PORT where a prefill instance tells what its prefix cache holds; the next port replays it.
+        kv_events: HOST:PORT where it tells what its prefix cache holds; the next port replays it. Not of a D, whose
+            prompts come from P.
     """
 
     role: Role
@@ -44,10 +50,10 @@ class InstanceSpec:
         for field, address in (("kv_address", self.kv_address), ("kv_events", self.kv_events)):
             if address is not None:
                 _check_address(field, address)
-        for field in ("kv_address", "bootstrap_url", "kv_events"):
-            if self.role != "prefill" and getattr(self, field) is not None:
+        for field, roles in _ONLY_OF.items():
+            if self.role not in roles and getattr(self, field) is not None:
                 value = _shown(getattr(self, field))
-                raise ValueError(f"{field}: only a prefill instance has one, got {value}: leave it out")
+                raise ValueError(f"{field}: only a {' or '.join(roles)} instance has one, got {value}: leave it out")
 
     @property
     def name(self) -> str:
@@ -88,6 +94,7 @@ class State:
     members: tuple[Member, ...]
     prefill_policy: str
     decode_policy: str
+    mixed_policy: str = "prefix_aware"
 
     def member(self, name: str) -> Member | None:
         return next((member for member in self.members if member.name == name), None)

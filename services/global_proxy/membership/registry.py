@@ -13,7 +13,6 @@ from dataclasses import replace
 from services.global_proxy.membership.errors import StillBusyError, UnknownInstanceError
 from services.global_proxy.membership.load_table import LoadTable
 from services.global_proxy.membership.member import (
-    ROLES,
     InstanceSpec,
     LoadReport,
     Member,
@@ -57,7 +56,7 @@ class Registry:
 
     Args:
         table: where the requests of each member are counted; gives the slots.
-        policy_names: for each role, what it may be set to.
+        policy_names: for each role that there can be, what it may be set to.
         check_spec: raises ValueError for an instance that this proxy cannot use, e.g. without a KV address.
 
     Raises:
@@ -71,11 +70,13 @@ class Registry:
         prefill_policy: str,
         decode_policy: str,
         check_spec: Callable[[InstanceSpec], None] | None = None,
+        *,
+        mixed_policy: str = "prefix_aware",
     ) -> None:
         self._table = table
-        self._policy_names = {role: tuple(policy_names[role]) for role in ROLES}
-        self._policies = {"prefill": prefill_policy, "decode": decode_policy}
-        for role in ROLES:
+        self._policy_names = {role: tuple(names) for role, names in policy_names.items()}
+        self._policies = {"prefill": prefill_policy, "decode": decode_policy, "mixed": mixed_policy}
+        for role in self._policy_names:
             self._check_policy(role, self._policies[role])
         self._check_spec = check_spec
         self._version = 1
@@ -89,7 +90,8 @@ class Registry:
 
     @property
     def state(self) -> State:
-        return State(self._version, self.members(), self._policies["prefill"], self._policies["decode"])
+        policies = self._policies
+        return State(self._version, self.members(), policies["prefill"], policies["decode"], policies["mixed"])
 
     @property
     def applied_version(self) -> int:
@@ -232,8 +234,8 @@ class Registry:
         self._table.set_report(self._known(name).slot, report)
 
     def _check_policy(self, role: Role, policy_name: str) -> None:
-        if role not in ROLES:
-            raise ValueError(f"role: must be one of {', '.join(ROLES)}, got {role!r}")
+        if role not in self._policy_names:
+            raise ValueError(f"role: must be one of {', '.join(self._policy_names)}, got {role!r}")
         names = self._policy_names[role]
         if policy_name not in names:
             raise ValueError(f"{role} policy: must be one of {', '.join(names)}, got {policy_name!r:.80}")

@@ -21,7 +21,7 @@ ENDPOINTS = (
 )
 STATUS_CODES = (*(int(status) for status in HTTPStatus), 499)  # 499 is nginx's: the client left
 
-ROLES = ("prefill", "decode")
+ROLES = ("prefill", "decode", "mixed")
 
 # Why D served a request alone.
 DECODE_ONLY_REASONS = (
@@ -40,6 +40,9 @@ DECODE_ONLY_REASONS = (
     "short_prompt",
     "no_prefill_up",
 )
+
+# Why a mixed instance served a request.
+MIXED_REASONS = ("alone", "sooner", "even_share", "look_again", "others_down")
 
 # How an instance let a leg down.
 FAILURE_REASONS = (

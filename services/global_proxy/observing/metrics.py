@@ -75,6 +75,9 @@ class Metrics:
         self.decode_only = self._labelled(
             "decode_only", "Requests that D served alone", {"reason": labels.DECODE_ONLY_REASONS}
         )
+        self.mixed = self._labelled(
+            "mixed", "Requests given to a mixed instance, whole", {"reason": labels.MIXED_REASONS}
+        )
         self.refused = self._labelled("refused", "Requests turned away unserved", {"reason": labels.REFUSED_REASONS})
         self.joins_refused = self._labelled(
             "joins_refused", "Streams refused on the control plane", {"reason": labels.JOIN_REFUSALS}

@@ -36,6 +36,7 @@ class RequestRecord(msgspec.Struct, gc=False):
     prefill: str | None = None  # the instances asked last
     decode: str | None = None
     decode_only: str | None = None  # why P had no part in it
+    mixed: str | None = None  # the instance that did all of it
     retries: int = 0
     continued: int = 0  # times that another D went on with the stream
     queue_s: float | None = None

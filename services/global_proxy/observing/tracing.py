@@ -5,6 +5,8 @@
     ├── prefill                    client; parent of P's llm_request
     └── decode                     client; parent of D's llm_request
 
+One that a plain engine does whole has one leg, `mixed`, in place of these two.
+
 A request that is traced notes moments and ids; its spans are made of them in the exporter's thread. One that is not
 costs its headers: what the client sent goes on to the engines as it is. Where the client sent nothing, they are told
 that the request is not sampled, or each of them would begin a trace of its own.

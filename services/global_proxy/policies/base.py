@@ -5,13 +5,13 @@ are what it may take. It never changes the candidates; load and costs are kept b
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar
 
 from services.global_proxy.policies.cost_model import Costs
 
-Role = Literal["prefill", "decode"]
+Role = Literal["prefill", "decode", "mixed"]
 
 
 class Candidate(Protocol):
@@ -27,7 +27,7 @@ class Candidate(Protocol):
 
     @property
     def num_tokens(self) -> int:
-        """P: prompt tokens sent and not yet answered. D: prompt and new tokens of the requests there."""
+        """P: prompt tokens sent and not yet answered. D and mixed: prompt and new tokens of the requests there."""
 
     @property
     def costs(self) -> Costs:
@@ -46,6 +46,7 @@ class Prompt:
     session: bytes | None  # which conversation this belongs to, if the client said so
     text: bytes  # the prompt, or its token ids encoded; for hashing; may be large
     token_ids: bytes | None = None  # as array("I") has them, if the client sent token ids
+    num_expected: int | None = None  # of max_new_tokens, as far as somebody has learned how many are made
 
 
 class Policy(ABC):
@@ -56,13 +57,17 @@ class Policy(ABC):
         """One of `candidates`, of which there is at least one; they may differ from call to call."""
 
     def started(self, instance: Candidate, prompt: Prompt) -> None:  # noqa: B027 (a hook, not a duty)
-        """The prompt was sent to the P `instance`. Told to the policies of both roles."""
+        """The prompt was sent to the P `instance`: told to the policies of P and D; or to a mixed one: to its own."""
 
     def tokenised(self, prompt: Prompt, token_ids_json: bytes) -> None:  # noqa: B027
         """P has told the prompt's token ids, a JSON list. Told to the policy of P."""
 
     def finished(self, instance: Candidate, prompt: Prompt) -> None:  # noqa: B027
-        """That prefill is over, however it ended. Told to the policies of both roles, once for each `started`."""
+        """That prefill is over, however it ended. Told to the same policies, once for each `started`."""
+
+    def cached_tokens(self, prompt: Prompt) -> Mapping[str, int]:
+        """How many of the prompt's first tokens instances are taken to have cached, by name; left out: none."""
+        return {}
 
 
 def in_turn(candidates: Sequence[C], turn: int) -> Sequence[C]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from services.global_proxy.policies.base import C, Candidate, Policy, Prompt, Role, in_turn
+from services.global_proxy.policies.response_time import answer_s
 from services.global_proxy.policies.sent_prefixes import SentPrefixes
 
 _AS_GOOD = 1.1  # D: an expected time per token so many times the least is no reason to leave the cached prefix
@@ -27,6 +28,7 @@ class PrefixAware(Policy):
 
     P: the least expected time to the answer, where only tokens that are not cached there have to be computed. D: of
     those with nearly the least time per token, the one that has the most, for it has that much less to read from P.
+    Mixed: the least expected time to the whole answer, again without the tokens that are cached.
 
     Args:
         role: of the candidates.
@@ -35,21 +37,23 @@ class PrefixAware(Policy):
     """
 
     def __init__(self, role: Role, index: PrefixIndex | None = None) -> None:
-        self._is_prefill = role == "prefill"
+        self._role = role
         self._index = index
         self._sent = SentPrefixes()
         self._turn = 0
 
     def started(self, instance: Candidate, prompt: Prompt) -> None:
-        if self._is_prefill:
+        if self._role != "decode":
             self._sent.add(instance.name, prompt)
 
     def choose(self, candidates: Sequence[C], prompt: Prompt) -> C:
         self._turn += 1
         matches = self._matches(prompt)
         candidates = in_turn(candidates, self._turn)
-        if self._is_prefill:
+        if self._role == "prefill":
             return _soonest(candidates, prompt.num_tokens, matches)
+        if self._role == "mixed":
+            return min(candidates, key=lambda one: answer_s(one, prompt, matches.get(one.name, 0)))
         chosen = _most_cached(candidates, matches)
         self._sent.add(chosen.name, prompt)
         return chosen
@@ -57,6 +61,9 @@ class PrefixAware(Policy):
     def tokenised(self, prompt: Prompt, token_ids_json: bytes) -> None:
         if self._index is not None:
             self._index.learn(prompt, token_ids_json)
+
+    def cached_tokens(self, prompt: Prompt) -> Mapping[str, int]:
+        return self._matches(prompt)
 
     def _matches(self, prompt: Prompt) -> Mapping[str, int]:
         sent = self._sent.matches(prompt)

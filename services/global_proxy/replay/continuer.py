@@ -36,18 +36,20 @@ class _Text(msgspec.Struct):
 
 
 class Continuer:
-    """Args: enabled: streams that can be continued exactly are, where there is another D."""
+    """Args: enabled: streams that can be continued exactly are, where there is another D or plain engine."""
 
     header: Header = (b"x-omni-continuable", b"exact")
 
-    def __init__(self, decode: Pool, itl_seconds: Histogram, enabled: bool) -> None:
+    def __init__(self, decode: Pool, mixed: Pool, itl_seconds: Histogram, enabled: bool) -> None:
         self._decode = decode
+        self._mixed = mixed
         self._itl_seconds = itl_seconds
         self._enabled = enabled
 
     def could_continue(self, body: RequestBody) -> bool:
-        """Whether to note what is sent. It costs a microsecond or two a chunk; with one D it would be for nothing."""
-        if not self._enabled or len(self._decode.instances) < 2 or body.fields.get("stream") is not True:
+        """Whether to note what is sent: a microsecond or two a chunk, and for nothing if one engine alone answers."""
+        num_others = len(self._decode.instances) + len(self._mixed.instances) - 1
+        if not self._enabled or num_others < 1 or body.fields.get("stream") is not True:
             return False
         return why_not_exact(body) is None
 
@@ -111,7 +113,8 @@ class Continuer:
         return None
 
     async def _text(self, call: Call, token_ids: list[int]) -> str | None:
-        instance = self._decode.choose(call.prompt, call.tried)
+        prompt, tried = call.prompt, call.tried
+        instance = self._decode.choose(prompt, tried) or self._mixed.choose(prompt, tried)
         if instance is None:
             return None
         fields = {"model": call.body.sent.get("model"), "tokens": token_ids}

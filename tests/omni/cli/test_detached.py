@@ -75,7 +75,7 @@ def test_a_launcher_that_fails_shows_its_last_lines(plan: LaunchPlan, tmp_path: 
         start(replace(plan, config_file=bad))
     first, *said, last = str(caught.value).splitlines()
     assert first == "trial did not start:"
-    assert any(line.startswith("deployment: ") for line in said)
+    assert any("bad.yaml, line 1: deployment: " in line for line in said)
     assert last == f"(all of it: {tmp_path}/logs/launcher.log)"
     assert "Traceback" not in str(caught.value)
 

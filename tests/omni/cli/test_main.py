@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,8 @@ from typer.testing import CliRunner, Result
 
 from omni.cli import main as cli
 from omni.deployment import embedded_model, load
-from omni.deployment.backends import local
 from omni.deployment.errors import DeploymentError
-from omni.deployment.run_state import ProcessState, RunFolder
-from tests.omni.cli.launchers import all_ready, plan_of, running
+from tests.omni.cli.launchers import plan_of, running
 from tests.omni.deployment.samples import content, machine, model_folder, put
 
 REPOSITORY = Path(__file__).parents[3]
@@ -87,24 +84,16 @@ def test_long_messages_are_not_broken_into_lines(tmp_path: Path, monkeypatch: py
     assert ("x" * 200) in done.stderr
 
 
-def test_a_folder_that_cannot_be_written_is_one_message(
-    tmp_path: Path, state_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    state_dir.touch()  # a file where the folder should be
-    plan = plan_of(tmp_path)
-    monkeypatch.setattr(cli, "load_plan", lambda config: plan)
-    monkeypatch.setattr(cli, "check_machine", lambda plan: None)
-    for options in ((), ("--quiet",), ("--detach",)):
-        done = omni_cli("serve", *options, "x.yaml")
-        assert done.exit_code == 2, done.output
-        assert str(state_dir) in done.stderr
-        assert "Traceback" not in done.output
-
-
 def test_no_arguments_show_the_commands() -> None:
     done = omni_cli()
-    for command in ("plan", "serve", "status", "stop", "logs", "demo"):
+    for command in (
+        *("init", "plan", "doctor", "serve", "status", "stop", "restart", "logs", "curl", "bench", "render", "demo"),
+        "scale",
+    ):
         assert command in done.output
+        shown = omni_cli(command, "--help")
+        assert shown.exit_code == 0
+        assert "Usage" in shown.output
 
 
 @pytest.mark.parametrize("command", ["status", "stop", "logs"])
@@ -120,79 +109,6 @@ def test_another_one_runs(arguments: tuple[str, ...], tmp_path: Path) -> None:
         done = omni_cli(*arguments)
     assert done.exit_code == 2
     assert done.stderr == "no deployment 'other' is running; running: ['trial']\n"
-
-
-class TestStatus:
-    def test_ready(self, tmp_path: Path) -> None:
-        plan = plan_of(tmp_path)
-        with running(plan, states=all_ready(plan)) as deployment:
-            table, as_json = omni_cli("status"), omni_cli("status", "trial", "--json")
-        assert (table.exit_code, as_json.exit_code) == (0, 0)
-        assert f"trial: {plan.proxy.url} serves smollm2" in table.stdout
-        shown = json.loads(as_json.stdout)
-        assert shown["deployment"]["launcher_pid"] == deployment.launcher_pid
-        assert [process["name"] for process in shown["processes"]] == [process.name for process in plan.processes]
-        assert {process["state"] for process in shown["processes"]} == {"ready"}
-
-    def test_not_ready(self, tmp_path: Path) -> None:
-        """One has not begun, one is starting, one ended with its supervisor, which could not write it."""
-        plan = plan_of(tmp_path)
-        with subprocess.Popen(["/bin/true"]) as ended:
-            pass
-        states = {
-            "d": ProcessState(name="decode.group1.rank0", stage="loading weights", pid=os.getpid()),
-            "x": ProcessState(name="proxy", state="ready", pid=ended.pid),
-        }
-        with running(plan, states=states):
-            table, as_json = omni_cli("status"), omni_cli("status", "--json")
-        assert (table.exit_code, as_json.exit_code) == (1, 1)
-        assert "loading weights" in table.stdout
-        assert "ended with its supervisor" in table.stdout
-        assert [p["state"] for p in json.loads(as_json.stdout)["processes"]] == ["starting", "starting", "restarting"]
-
-
-def test_stop_waits_for_the_launcher(tmp_path: Path) -> None:
-    with running(plan_of(tmp_path)) as deployment:
-        done = omni_cli("stop")
-        assert not deployment.is_running
-    assert (done.exit_code, done.stdout) == (0, "trial stopped\n")
-
-
-class TestServe:
-    """In the foreground, with a backend that plays a start."""
-
-    @pytest.fixture
-    def serve(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-        plan = plan_of(tmp_path)
-        monkeypatch.setattr(cli, "load_plan", lambda config: plan)
-        monkeypatch.setattr(cli, "check_machine", lambda plan: None)
-
-        def invoke(*options: str, code: int = 0) -> Result:
-            def play(plan: Any, on_tick: Callable[[], bool] | None = None) -> int:
-                if on_tick is not None:
-                    assert on_tick()
-                    for state in all_ready(plan).values():
-                        RunFolder.of(plan.name).write(state)
-                    assert not on_tick()
-                return code
-
-            monkeypatch.setattr(local, "serve", play)
-            return omni_cli("serve", *options, "any.yaml")
-
-        return invoke
-
-    def test_says_when_it_is_ready(self, serve: Callable[..., Result]) -> None:
-        done = serve()
-        assert done.exit_code == 0, done.output
-        assert "proxy ready after 0." in done.stdout
-        assert "ready: smollm2 (bfloat16) at http://127.0.0.1:7000; Ctrl-C stops" in done.stdout
-
-    def test_quiet(self, serve: Callable[..., Result]) -> None:
-        assert serve("--quiet").output == ""
-
-    @pytest.mark.parametrize("options", [(), ("--quiet",)])
-    def test_exit_code(self, serve: Callable[..., Result], options: tuple[str, ...]) -> None:
-        assert serve(*options, code=1).exit_code == 1
 
 
 class TestDemo:

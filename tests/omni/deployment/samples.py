@@ -1,6 +1,7 @@
 """Deployment files, a machine and models for the tests of this folder."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,4 +95,5 @@ def model_folder(folder: Path, **config: Any) -> Path:
 
 
 def lines(error: ConfigError) -> list[str]:
-    return str(error).splitlines()
+    """The text of each problem, without file and line: those are test_line_numbers' matter."""
+    return [line for problem in error.problems for line in str(replace(problem, place="")).splitlines()]

@@ -106,10 +106,10 @@ BLOCK = 'is not a block of NAME: text lines; write lines such as OMP_PROC_BIND: 
         ("services/kv_transfer/checksum", "maybe", "'maybe' is not true or false; write true or false"),
         ("services/kv_transfer/checksum", None, "an empty value is not true or false; write true or false"),
         (f"{P1}/password", 5, "is not text; put it in quotes"),
+        ("deployment/proxy/other_control_addresses", "a:7001", "'a:7001' is not a list; write its parts with commas"),
         ("platform", "tpu", "'tpu' is not known; write cpu, npu or cuda"),
         ("services/dtype", "fp8", "'fp8' is not known; write auto, bfloat16, float16 or float32"),
-        ("backend", "ansible", "'ansible' is not in this version; write local"),
-        ("backend", "ssh", "'ssh' is not known; write local"),
+        ("backend", "ssh", "'ssh' is not known; write local, ansible, ray or kubernetes"),
         ("services/kv_transfer/load_failure_policy", "x", "'x' is not known;"),
         ("services/kv_transfer/connector", "lmcache", "'lmcache' is not known; write omni, nixl or mooncake"),
         (
@@ -143,6 +143,9 @@ def test_a_refused_field(tmp_path: Path, path: str, value: Any, words: str) -> N
     with pytest.raises(ConfigError) as caught:
         loaded(tmp_path, put(content(), path, value))
     assert lines(caught.value)[0].startswith(f"{path.replace('/', '.')}: {words}")
+    file, _, line = caught.value.problems[0].place.rpartition(", line ")
+    assert file == str(tmp_path / "trial.yaml")
+    assert path.rpartition("/")[2] in Path(file).read_text().splitlines()[int(line) - 1]
 
 
 def test_every_problem_is_named_on_its_own_line(tmp_path: Path) -> None:
@@ -188,6 +191,8 @@ def test_passwords_show_nowhere(tmp_path: Path) -> None:
         ("- a\n", "is not a block of keys; start it with `deployment:`"),
         ("", "is not a block of keys; start it with `deployment:`"),
         ("a: \x01", "holds characters that YAML does not allow; save it as plain text"),
+        ("a: 2026-02-30\n", "line 1, column 4: not valid YAML (a date or number that cannot be); check"),
+        pytest.param(f"a: {'[' * 9000}{']' * 9000}\n", "has too many blocks inside one another; see", id="deep"),
     ],
 )
 def test_not_a_deployment_file(tmp_path: Path, text: str, line: str) -> None:
@@ -213,5 +218,5 @@ def test_unreadable_files(tmp_path: Path) -> None:
 def test_a_file_name_that_cannot_be_a_deployment_name(tmp_path: Path) -> None:
     file = tmp_path / "my file.yaml"
     file.write_text("deployment: {}\n")
-    with pytest.raises(ConfigError, match=r"^name: 'my file' is not a deployment name; write `name:`"):
+    with pytest.raises(ConfigError, match=r"my file\.yaml: name: 'my file' is not a deployment name; write `name:`"):
         load_deployment(file)

@@ -50,8 +50,8 @@ def test_host_blocks(tmp_path: Path) -> None:
 
 def test_ranks_follow_the_devices() -> None:
     *prefill, decode = group_settings(load_deployment(FIELD_FILE))
-    assert [group.data_parallel_size for group in prefill] == [16] * 4
-    assert decode.data_parallel_size == 64
+    assert [(group.data_parallel_size, group.tensor_parallel_size) for group in prefill] == [(1, 16)] * 4
+    assert (decode.data_parallel_size, decode.tensor_parallel_size) == (64, 1)
     assert [decode.ranks_on_host(host) for host in decode.hosts] == [16] * 4
     assert decode.base_api_port("192.0.2.6") == 9100
     assert decode.base_api_port("192.0.2.7") == 9000

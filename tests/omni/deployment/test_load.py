@@ -76,7 +76,7 @@ def test_a_model_folder_and_relative_paths(tmp_path: Path, monkeypatch: pytest.M
 def test_a_missing_model(tmp_path: Path) -> None:
     file = tmp_path / "one.yaml"
     file.write_text(yaml.safe_dump(put(content(), "services/model_path", "/no/such")))
-    with pytest.raises(ConfigError, match=r"^services\.model_path: /no/such is not a folder; write the path of"):
+    with pytest.raises(ConfigError, match=r"line 12: services\.model_path: /no/such is not a folder; write the"):
         load_plan(file, machine())
 
 
@@ -91,7 +91,7 @@ def test_an_embedded_model_that_cannot_be_made(
     file = tmp_path / "one.yaml"
     file.write_text(yaml.safe_dump(put(content(), "services/model_path", "embedded:tiny")))
     with pytest.raises(
-        ConfigError, match=rf"^services\.model_path: embedded:tiny: {error}; write a model folder's path"
+        ConfigError, match=rf"line 12: services\.model_path: embedded:tiny: {error}; write a model folder's path"
     ):
         load_plan(file, machine())
 
@@ -103,13 +103,42 @@ def test_an_unknown_embedded_model(tmp_path: Path) -> None:
         load_plan(file, machine())
 
 
-def test_the_field_s_own_form_is_for_other_machines() -> None:
+def test_the_field_s_own_form_is_planned_without_its_model() -> None:
+    plan = load_plan(FIELD_FILE, machine())
+    assert plan.deployment.backend == "ansible"
+    assert not plan.model_is_known
+    assert len(plan.processes) == 4 + 64 + 1
+
+
+def test_with_backend_local_it_is_for_other_machines(tmp_path: Path) -> None:
+    file = tmp_path / "deploy.yml"
+    file.write_text(f"backend: local\n{FIELD_FILE.read_text()}")
     with pytest.raises(ConfigError) as caught:
-        load_plan(FIELD_FILE, machine())
+        load_plan(file, machine())
     assert len(caught.value.problems) == 6  # five groups and the proxy; no word about a model that lives there
     assert lines(caught.value)[4].startswith(
         "deployment.decode.group1.hosts: 192.0.2.5, 192.0.2.6, 192.0.2.7, 192.0.2.8: not this machine; write 127.0.0.1"
     )
+    assert caught.value.problems[0].place.endswith("deploy.yml, line 7")
+
+
+@pytest.mark.parametrize(
+    ("on", "words"),
+    [
+        ("192.0.2.9", "--on: 192.0.2.9 is no host of the deployment file; write one of 192.0.2.1, 192.0.2.2,"),
+        ("192.0.2.6", "--on: 192.0.2.6 is not this machine; run it there"),
+    ],
+)
+def test_the_own_host_must_be_of_the_file_and_here(on: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_plan(FIELD_FILE, machine(), on=on)
+    assert lines(caught.value)[0].startswith(words)
+
+
+def test_another_backend_than_the_file_s(tmp_path: Path) -> None:
+    assert load_plan(FIELD_FILE, machine(), backend="kubernetes").deployment.backend == "kubernetes"
+    with pytest.raises(ConfigError, match="--backend: 'slurm' is not known; write local, ansible, ray, kubernetes"):
+        load_plan(FIELD_FILE, machine(), backend="slurm")
 
 
 def test_other_machines_are_refused_before_a_model_is_made(tmp_path: Path, embedded: list[str]) -> None:

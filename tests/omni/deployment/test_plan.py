@@ -347,21 +347,21 @@ def test_arguments_that_the_plan_sets(tmp_path: Path, argument: str, rest: str) 
         ),
         (
             "deployment/prefill/group1/hosts",
-            "127.0.0.1,10.9.9.9",
-            "deployment.prefill.group1.hosts: 10.9.9.9: not this machine; write 127.0.0.1 "
-            "(backends for other machines, ansible, ray, kubernetes, are not in this version)",
+            "10.9.9.9",
+            "deployment.prefill.group1.hosts: 10.9.9.9: not this machine; write 127.0.0.1, or backend: ansible for "
+            "processes on other machines",
         ),
         (
-            "deployment/prefill/group1/hosts",
-            "127.0.0.1,198.51.100.7",
+            "deployment/prefill/group1",
+            {"base_api_port": 9000, "hosts": "127.0.0.1,198.51.100.7", "data_parallel_size": 2},
             "deployment.prefill.group1.hosts: 127.0.0.1, 198.51.100.7: several names for this machine; "
             "write one of them",
         ),
         (
             "deployment/proxy/host",
             "10.9.9.9",
-            "deployment.proxy.host: 10.9.9.9: not this machine; write 127.0.0.1 "
-            "(backends for other machines, ansible, ray, kubernetes, are not in this version)",
+            "deployment.proxy.host: 10.9.9.9: not this machine; write 127.0.0.1, or backend: ansible for processes on "
+            "other machines",
         ),
     ],
 )

@@ -1,5 +1,7 @@
 """Where engines join the proxy, unless the file says."""
 
+import random
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,8 @@ import pytest
 
 from omni.deployment.deployment_file import load_deployment
 from omni.deployment.errors import ConfigError
-from omni.deployment.ports import control_port
+from omni.deployment.model import Deployment
+from omni.deployment.ports import PortClaim, control_port, port_claims, port_problems
 from omni.deployment.scaling import scale_engines
 
 from .samples import FIELD_FILE, content, lines, loaded, machine, model_folder, planned, put
@@ -67,6 +70,58 @@ def test_a_port_that_cannot_be(tmp_path: Path, changes: dict[str, Any], line: st
     with pytest.raises(ConfigError) as caught:
         loaded(tmp_path, data)
     assert lines(caught.value) == [line]
+
+
+def _meet(one: PortClaim, other: PortClaim) -> bool:
+    hosts = {claim.host.replace("localhost", "127.0.0.1") for claim in (one, other)}
+    return (len(hosts) == 1 or "0.0.0.0" in hosts) and one.first <= other.last and other.first <= one.last
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_pair_that_shares_a_port_is_named_in_order(tmp_path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    data = content(chance.randint(1, 6), chance.randint(1, 6))
+    for group in (*data["deployment"]["prefill"].values(), *data["deployment"]["decode"].values()):
+        group["hosts"] = chance.choice(["127.0.0.1", "localhost", "10.0.0.1", "10.0.0.2"])
+        group["base_api_port"] = chance.randint(9000, 9030)
+        group["master_port"] = chance.randint(9000, 9030)
+    proxy = {"host": chance.choice(["0.0.0.0", "localhost", "10.0.0.1"]), "listen_port": chance.randint(9000, 9030)}
+    data["deployment"]["proxy"] = proxy | chance.choice([{}, {"control_port": chance.randint(9000, 9030)}])
+    put(data, "services/kv_transfer/connector", chance.choice(["omni", "nixl"]))
+    sizes = {"data_parallel_size": chance.randint(1, 6)}
+    put(put(data, "services/prefill", sizes), "services/decode", sizes)
+    data["services"]["model_path"] = "/m"
+    deployment = Deployment.model_validate({"name": "x"} | data)
+    expected = [
+        f"{other.field}: port {other} on {other.host} overlaps {one.field} ({one}); give each its own ports"
+        for one, other in combinations(port_claims(deployment), 2)
+        if _meet(one, other)
+    ]
+    assert list(map(str, port_problems(deployment))) == expected
+
+
+def test_only_hosts_with_an_api_server_claim_its_port(tmp_path: Path) -> None:
+    data = put(content(), f"{P1}/hosts", "10.0.0.1,10.0.0.2,10.0.0.3,10.0.0.4")
+    put(put(data, f"{P1}/tensor_parallel_size", 4), f"{P1}/data_parallel_size", 2)
+    claims = [(claim.host, str(claim), claim.field) for claim in port_claims(loaded(tmp_path, data))]
+    assert claims[:4] == [
+        ("10.0.0.1", "9000", "deployment.prefill.group1.base_api_port"),
+        ("10.0.0.3", "9000", "deployment.prefill.group1.base_api_port"),
+        ("10.0.0.1", "10000-10001", "deployment.prefill.group1.master_port"),
+        ("10.0.0.3", "10000-10001", "deployment.prefill.group1.master_port"),
+    ]
+    assert claims[4][0] == "127.0.0.1"
+
+
+def test_a_group_without_a_layout_claims_its_ports_all_the_same(tmp_path: Path) -> None:
+    data = put(put(content(), f"{P1}/hosts", "127.0.0.1,10.0.0.2"), f"{P1}/tensor_parallel_size", 3)
+    with pytest.raises(ConfigError) as caught:
+        loaded(tmp_path, put(data, f"{D1}/base_api_port", 9000))
+    assert [problem.field for problem in caught.value.problems] == [
+        "services.prefill.data_parallel_size",
+        "deployment.decode.group1.base_api_port",
+        "deployment.decode.group1.master_port",
+    ]
 
 
 def test_above_the_highest_listen_port_there_is_none(tmp_path: Path) -> None:

@@ -46,13 +46,13 @@ P1, P2, D1 = "deployment/prefill/group1", "deployment/prefill/group2", "deployme
             },
             "deployment.prefill.group1.data_parallel_size: 2 DP ranks with 2 devices each need 4, "
             "ascend_rt_visible_devices lists 3 on 1 host(s); "
-            "lower data_parallel_size, tensor_parallel_size or pipeline_parallel_size, or list more devices",
+            "change data_parallel_size, tensor_parallel_size or pipeline_parallel_size, or the hosts and their devices",
         ),
         (
             {f"{P1}/ascend_rt_visible_devices": "0", "services/prefill/data_parallel_size": 2},
             "services.prefill.data_parallel_size: 2 DP ranks with 1 devices each need 2, "
             "ascend_rt_visible_devices lists 1 on 1 host(s); "
-            "lower data_parallel_size, tensor_parallel_size or pipeline_parallel_size, or list more devices",
+            "change data_parallel_size, tensor_parallel_size or pipeline_parallel_size, or the hosts and their devices",
         ),
         (
             {f"{D1}/base_api_port": 9001, "services/prefill/data_parallel_size": 2},
@@ -191,6 +191,28 @@ def test_ways_to_transfer(tmp_path: Path, kv_transfer: dict[str, Any]) -> None:
 
 def test_a_port_that_nobody_listens_on_is_free(tmp_path: Path) -> None:
     loaded(tmp_path, put(put(content(), f"{P1}/base_kv_port", 9500), f"{P1}/base_api_port", 64000))
+
+
+def test_devices_of_several_groups(tmp_path: Path) -> None:
+    data = content(3)
+    for path, hosts, devices in (
+        (P1, "10.0.0.1,10.0.0.2", "7,3,4,5"),
+        (P2, "10.0.0.2,10.0.0.1", "7,3,0,1"),
+        ("deployment/prefill/group3", "10.0.0.3,10.0.0.1", "3,8,9,10"),
+        (D1, "10.0.0.1", "4,6"),
+    ):
+        put(put(data, f"{path}/hosts", hosts), f"{path}/ascend_rt_visible_devices", devices)
+    put(data, f"{P2}/host 10.0.0.2", {"ascend_rt_visible_devices": "0,1,3,12"})
+    with pytest.raises(ConfigError) as caught:
+        loaded(tmp_path, data)
+    start, where = "deployment.prefill.group", "ascend_rt_visible_devices"
+    assert [line for line in lines(caught.value) if f".{where}" in line] == [
+        f"{start}2.{where}: 3 on 10.0.0.2 also in {start}1.{where}; give each device to one group",
+        f"{start}2.{where}: 3,7 on 10.0.0.1 also in {start}1.{where}; give each device to one group",
+        f"{start}3.{where}: 3 on 10.0.0.1 also in {start}1.{where}; give each device to one group",
+        f"deployment.decode.group1.{where}: 4 on 10.0.0.1 also in {start}1.{where}; give each device to one group",
+        f"{start}3.{where}: 3 on 10.0.0.1 also in {start}2.{where}; give each device to one group",
+    ]
 
 
 def test_devices_do_not_matter_on_a_cpu(tmp_path: Path) -> None:

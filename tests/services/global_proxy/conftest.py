@@ -39,6 +39,7 @@ class Deployment:
 
     prefill: list[StandinEngine]
     decode: list[StandinEngine]
+    mixed: list[StandinEngine]
     registry: Registry
     proxy: Proxy
     server: ProxyServer
@@ -52,7 +53,7 @@ class Deployment:
 
     @property
     def engines(self) -> list[StandinEngine]:
-        return self.prefill + self.decode
+        return self.prefill + self.decode + self.mixed
 
     async def complete(
         self, path: str = "/v1/completions", headers: dict[str, str] | None = None, **fields: Any
@@ -60,6 +61,10 @@ class Deployment:
         """Post a completion; returns (status, JSON body, headers)."""
         async with self.client.post(self.url + path, json=self.prompt | fields, headers=headers) as response:
             return response.status, json.loads(await response.read()), response.headers
+
+    def complete_soon(self, **fields: Any) -> "asyncio.Task[tuple[int, Any, Any]]":
+        """The same, begun."""
+        return asyncio.create_task(self.complete(**fields))
 
     async def stream(self, path: str = "/v1/completions", **fields: Any) -> tuple[int, str, Any]:
         """Post a streamed completion; returns (status, all text, headers)."""
@@ -90,7 +95,8 @@ class Deployment:
 
     async def failures(self, engine: StandinEngine, reason: str) -> float:
         """How often `engine` let a request down so."""
-        role = "prefill" if engine in self.prefill else "decode"
+        roles = (("prefill", self.prefill), ("decode", self.decode), ("mixed", self.mixed))
+        role = next(role for role, engines in roles if engine in engines)
         return await self.metric(
             "omni_proxy_upstream_failures_total", role=role, instance=engine.url[7:], reason=reason
         )
@@ -140,7 +146,8 @@ def lease_holder(key_file: Path) -> Iterator[LeaseHolder]:
 
 @pytest.fixture
 async def deploy(key_file: Path) -> AsyncIterator[Deploy]:
-    """deploy(num_prefill, num_decode, extra_prefill_urls=(), extra_decode_urls=(), **settings): closed at the end.
+    """deploy(num_prefill, num_decode, extra_prefill_urls=(), extra_decode_urls=(), num_mixed=0, extra_mixed_urls=(),
+    **settings): closed at the end.
 
     A stand-in P is its own bootstrap server.
     """
@@ -151,16 +158,21 @@ async def deploy(key_file: Path) -> AsyncIterator[Deploy]:
             num_decode: int = 1,
             extra_prefill_urls: tuple[str, ...] = (),
             extra_decode_urls: tuple[str, ...] = (),
+            num_mixed: int = 0,
+            extra_mixed_urls: tuple[str, ...] = (),
             **settings: Any,
         ) -> Deployment:
             prefill = [await stack.enter_async_context(StandinEngine(f"p{i}")) for i in range(num_prefill)]
             decode = [await stack.enter_async_context(StandinEngine(f"d{i}")) for i in range(num_decode)]
+            mixed = [await stack.enter_async_context(StandinEngine(f"m{i}")) for i in range(num_mixed)]
             prefill_urls = (*extra_prefill_urls, *(e.url for e in prefill))
-            predictable = {"prefill_policy": "round_robin", "decode_policy": "round_robin", "min_prefill_tokens": 0}
+            policies = dict.fromkeys(("prefill_policy", "decode_policy", "mixed_policy"), "round_robin")
+            predictable = policies | {"min_prefill_tokens": 0}
             settings = predictable | settings
             told = Settings(
                 prefill_urls=prefill_urls,
                 decode_urls=(*extra_decode_urls, *(e.url for e in decode)),
+                mixed_urls=(*extra_mixed_urls, *(e.url for e in mixed)),
                 bootstrap_urls=prefill_urls if settings.get("connector") == "mooncake" else (),
                 key_file=key_file,
                 **settings,
@@ -173,7 +185,7 @@ async def deploy(key_file: Path) -> AsyncIterator[Deploy]:
             proxy = await stack.enter_async_context(Proxy(told, key, table, DirectClient(registry)))
             server = await stack.enter_async_context(ProxyServer(proxy, sock))
             client = await stack.enter_async_context(aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10)))
-            return Deployment(prefill, decode, registry, proxy, server, sock.getsockname()[1], client)
+            return Deployment(prefill, decode, mixed, registry, proxy, server, sock.getsockname()[1], client)
 
         yield start
 

@@ -26,6 +26,23 @@ def test_arguments() -> None:
     assert settings.request_timeout_s == 600
 
 
+def test_arguments_for_plain_engines() -> None:
+    _, _, settings = parse_arguments(
+        ["--mixed", "http://a:1/", "--mixed", "http://b:1", "--kv-events", "a:2", "--kv-events", "b:2"]
+    )
+    assert (settings.prefill_urls, settings.decode_urls) == ((), ())
+    assert settings.mixed_urls == ("http://a:1", "http://b:1")
+    assert [(spec.role, spec.kv_events) for spec in settings.specs()] == [("mixed", "a:2"), ("mixed", "b:2")]
+    beside = ["--prefill", "http://p:1", "--decode", "http://d:1", "--mixed", "http://a:1"]
+    for events in (["p:2"], ["p:2", "a:2"]):
+        _, _, settings = parse_arguments([*beside, *(word for event in events for word in ("--kv-events", event))])
+        assert [spec.kv_events for spec in settings.specs() if spec.role != "decode"] == [*events, None][:2]
+
+
+def test_all_instances_may_join_later() -> None:
+    assert parse_arguments(["--control-port", "0"])[2].specs() == []
+
+
 def test_arguments_for_mooncake() -> None:
     arguments = ["--prefill", "http://a:1", "--decode", "http://c:1", "--connector", "mooncake"]
     _, _, settings = parse_arguments([*arguments, "--bootstrap", "http://a:8998/"])
@@ -42,6 +59,13 @@ def test_arguments_for_mooncake() -> None:
         (["--prefill", "http://a:1", "--prefill", "http://a:1", "--decode", "http://c:1"], "given twice"),
         (["--prefill", "http://a:1", "--decode", "http://c:1", "--request-timeout-s", "0"], "request_timeout_s"),
         (["--prefill", "http://a:1"], "--decode"),
+        ([], "no instances: give --prefill URL and --decode URL, or --mixed URL"),
+        ([], "or a --control-port for instances to join"),
+        (["--mixed", "http://a:1", "--decode", "http://a:2"], "--prefill: give at least one URL"),
+        (["--mixed", "http://a:1/v1"], "--mixed 'http://a:1/v1': must be http://HOST:PORT"),
+        (["--mixed", "http://a:1", "--mixed", "http://a:1"], "--mixed: the same URL is given twice"),
+        (["--mixed", "http://a:1", "--kv-events", "a:2", "--kv-events", "a:3"], "--kv-events: give one for each"),
+        (["--mixed", "http://a:1", "--mixed-policy", "pd_score_balance"], "--mixed-policy"),
         (["--prefill", "http://a:1", "--decode", "http://c:1", "--connector", "mooncake"], "one for each --prefill"),
         (
             ["--prefill", "http://a:1", "--decode", "http://c:1", "--bootstrap", "http://a:2"],

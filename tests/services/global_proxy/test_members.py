@@ -56,7 +56,7 @@ def state(*members: Member) -> State:
 
 
 def names(members: Members) -> tuple[list[str], list[str]]:
-    prefill, decode = ([instance.name for instance in pool.instances] for pool in members.pools)
+    prefill, decode, _ = ([instance.name for instance in pool.instances] for pool in members.pools)
     return prefill, decode
 
 
@@ -134,6 +134,16 @@ async def test_missing_roles(members: Members) -> None:
         assert await members.missing_roles() == ["prefill", "decode"]
         members.apply(state(member("decode", engine.url, 0)))
         assert await members.missing_roles() == ["prefill"]
+
+
+async def test_a_mixed_one_makes_up_for_all_others(members: Members) -> None:
+    async with RawEngine(says(WHOLE)) as engine:
+        members.apply(state(member("mixed", URL, 0)))
+        assert await members.missing_roles() == ["mixed"]
+        members.apply(state(member("mixed", URL, 0), member("decode", engine.url, 1)))
+        assert await members.missing_roles() == ["prefill", "mixed"]
+        members.apply(state(member("mixed", engine.url, 2), member("decode", URL, 3)))
+        assert await members.missing_roles() == []
 
 
 async def test_whether_a_role_is_missing_does_not_wait_for_one_that_has_left(members: Members) -> None:

@@ -44,7 +44,7 @@ def make_gate(table: LoadTable, num_decode: int = 1, max_active: int = 4, worker
     settings = QueueSettings(
         max_waiting=int(queueing.get("max_waiting", 8)), max_wait_s=queueing.get("max_wait_s", 30.0)
     )
-    return Gate(pool, table, writer, settings, max_active)
+    return Gate((pool,), table, writer, settings, max_active)
 
 
 def fill(gate: Gate) -> int:
@@ -62,7 +62,7 @@ async def test_as_many_as_the_ds_are_to_be_given(table: LoadTable) -> None:
 
 async def test_a_d_that_drains_makes_room_for_nobody(table: LoadTable) -> None:
     gate = make_gate(table, num_decode=2)
-    leaving = gate._decode.instances[0]
+    leaving = gate._answering[0].instances[0]
     leaving.set_member(leaving.member.but("draining"))
     gate.look()
     assert fill(gate) == 5

@@ -50,8 +50,8 @@ class Plane:
 
 def new_registry() -> tuple[LoadTable, Registry]:
     table = LoadTable.create(num_slots=4)
-    policies = {"prefill": ("p",), "decode": ("d",)}
-    return table, Registry(table, policies, "p", "d")
+    policies = {"prefill": ("p",), "decode": ("d",), "mixed": ("m",)}
+    return table, Registry(table, policies, "p", "d", mixed_policy="m")
 
 
 @asynccontextmanager

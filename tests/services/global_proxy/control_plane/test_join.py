@@ -137,7 +137,7 @@ async def test_each_message_must_be_genuine(forged: str) -> None:
     ("changes", "message"),
     [
         ({"protocol": 2}, "protocol: this proxy speaks 1, the instance 2: run the same omni release"),
-        ({"role": "both"}, "role: must be one of prefill, decode, got 'both'"),
+        ({"role": "both"}, "role: must be one of prefill, decode, mixed, got 'both'"),
         ({"url": "10.0.0.1:9000"}, "url: must be http://HOST:PORT"),
         ({"start_id": b""}, "start_id: must have 1 to 64 bytes, has 0"),
         ({"facts": {str(n): "" for n in range(33)}}, "facts: there are 33, more than 32"),

@@ -12,11 +12,12 @@ from services.global_proxy.membership.registry import Registry
 POLICIES: dict[Role, tuple[str, ...]] = {
     "prefill": ("round_robin", "least_active"),
     "decode": ("round_robin", "least_active"),
+    "mixed": ("round_robin", "least_active"),
 }
 
 
 def make_registry(table: LoadTable) -> Registry:
-    return Registry(table, POLICIES, "round_robin", "round_robin")
+    return Registry(table, POLICIES, "round_robin", "round_robin", mixed_policy="round_robin")
 
 
 def spec(number: int, role: Role = "decode") -> InstanceSpec:

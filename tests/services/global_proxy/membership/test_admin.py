@@ -84,6 +84,19 @@ async def test_an_instance_from_first_to_last(client: httpx.AsyncClient, registr
     assert error_of(await client.delete(URL))[:2] == (404, "NotFoundError")
 
 
+async def test_a_plain_engine_is_an_instance_like_others(client: httpx.AsyncClient, registry: Registry) -> None:
+    new = {"role": "mixed", "url": "http://10.0.0.1:8000", "kv_events": "10.0.0.1:9000"}
+    assert (await client.post("/admin/v1/instances", json=new)).json()["role"] == "mixed"
+    assert (await client.put("/admin/v1/policies/mixed", json={"policy": "least_active"})).json()["mixed"] == (
+        "least_active"
+    )
+    assert registry.state.mixed_policy == "least_active"
+    assert (await client.post(f"{URL}/drain")).json()["state"] == "draining"
+    assert (await client.delete(URL)).status_code == 204
+    answer = await client.post("/admin/v1/instances", json=new | {"kv_address": "10.0.0.1:9"})
+    assert error_of(answer)[2].startswith("kv_address: only a prefill instance has one, got '10.0.0.1:9'")
+
+
 async def test_by_force(client: httpx.AsyncClient, registry: Registry, table: LoadTable) -> None:
     registry.add(spec(1), "file")
     table.writer(0).add(0, 1, 1)
@@ -96,12 +109,13 @@ async def test_policies_and_state(client: httpx.AsyncClient, registry: Registry,
     table.writer(0).add_in_flight(3)
     table.writer(1).add_queued(2)
     answer = await client.put("/admin/v1/policies/decode", json={"policy": "least_active"})
-    assert answer.json() == {"prefill": "round_robin", "decode": "least_active"}
+    policies = {"prefill": "round_robin", "decode": "least_active", "mixed": "round_robin"}
+    assert answer.json() == policies
     state = (await client.get("/admin/v1/state")).json()
     assert [instance["name"] for instance in state.pop("instances")] == [NAME]
     assert state == {
         "version": 3,
-        "policies": {"prefill": "round_robin", "decode": "least_active"},
+        "policies": policies,
         "num_workers": 2,
         "num_in_flight": 3,
         "num_queued": 2,

@@ -48,11 +48,13 @@ def test_what_is_no_url_is_named(url: str) -> None:
 @pytest.mark.parametrize(
     ("role", "fields", "message"),
     [
-        ("prefll", {}, "role: must be one of prefill, decode, got 'prefll'"),
+        ("prefll", {}, "role: must be one of prefill, decode, mixed, got 'prefll'"),
         ("prefill", {"kv_address": "10.0.0.1"}, "kv_address: must be HOST:PORT, got '10.0.0.1'"),
         ("prefill", {"kv_address": "http://h:1"}, "kv_address: must be HOST:PORT, got 'http://h:1'"),
         ("prefill", {"bootstrap_url": "h:1"}, "bootstrap_url: must be http://HOST:PORT"),
         ("decode", {"kv_address": "h:1"}, "kv_address: only a prefill instance has one"),
+        ("mixed", {"bootstrap_url": "http://h:1"}, "bootstrap_url: only a prefill instance has one"),
+        ("decode", {"kv_events": "h:1"}, "kv_events: only a prefill or mixed instance has one"),
     ],
 )
 def test_other_fields_that_are_wrong(role: str, fields: dict[str, str], message: str) -> None:

@@ -169,13 +169,15 @@ def test_reports_go_with_the_member(registry: Registry, table: LoadTable) -> Non
 
 def test_values_that_are_wrong(table: LoadTable) -> None:
     with pytest.raises(ValueError, match="prefill policy: must be one of round_robin, least_active, got 'best'"):
-        Registry(table, POLICIES, "best", "round_robin")
+        Registry(table, POLICIES, "best", "round_robin", mixed_policy="round_robin")
     registry = make_registry(table)
-    with pytest.raises(ValueError, match="role: must be one of prefill, decode, got 'x'"):
+    with pytest.raises(ValueError, match="role: must be one of prefill, decode, mixed, got 'x'"):
         registry.set_policy("x", "round_robin")  # type: ignore[arg-type]
 
     def check(spec: InstanceSpec) -> None:
         raise ValueError("kv_address: layerwise needs one")
 
     with pytest.raises(ValueError, match="layerwise needs one"):
-        Registry(table, POLICIES, "round_robin", "round_robin", check).add(spec(1), "joined")
+        Registry(table, POLICIES, "round_robin", "round_robin", check, mixed_policy="round_robin").add(
+            spec(1), "joined"
+        )

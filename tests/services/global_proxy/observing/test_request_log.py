@@ -80,7 +80,7 @@ async def test_a_line_says_everything(tmp_path: Path, metrics: Metrics, timers: 
     assert abs((datetime.now(UTC) - ended).total_seconds()) < 60
     told = {"id": "id0", "path": "/v1/completions", "status": 200, "client_id": 'mine"\n', "prefill": "p:1"}
     told |= {"ttft_s": 0.25, "bytes": 7, "retries": 0, "continued": 0, "seconds": 0.0, "chunks": 0}
-    untold = ("key", "trace_id", "decode", "decode_only", "queue_s", "tpot_s", "prompt_tokens", "error")
+    untold = ("key", "trace_id", "decode", "decode_only", "mixed", "queue_s", "tpot_s", "prompt_tokens", "error")
     assert line == told | dict.fromkeys(untold)
 
 

@@ -39,6 +39,24 @@ def instances() -> list[StandIn]:
     return instances
 
 
+class TestMixed:
+    def test_where_the_beginning_was_sent_unless_the_answer_comes_later_there(self, instances: list[StandIn]) -> None:
+        policy = PrefixAware("mixed")
+        policy.started(instances[2], turn(0))
+        assert policy.cached_tokens(turn(1))[instances[2].name] > 900
+        assert policy.choose(instances, turn(1)) is instances[2]
+        instances[2].num_requests = 20  # each new token takes so many ms more; of 1024 tokens computing takes 100
+        assert policy.choose(instances, turn(2)) is not instances[2]
+
+    def test_how_many_tokens_are_expected_counts(self, instances: list[StandIn]) -> None:
+        policy = PrefixAware("mixed")
+        policy.started(instances[2], turn(0))
+        instances[2].num_requests = 20
+        short = turn(1)
+        short.num_expected = 2
+        assert policy.choose(instances, short) is instances[2]
+
+
 class TestP:
     def test_where_the_beginning_was_sent_unless_waiting_costs_more(self, instances: list[StandIn]) -> None:
         policy = PrefixAware("prefill")

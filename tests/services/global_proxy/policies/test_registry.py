@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from services.global_proxy.policies.registry import POLICIES, make_policy, policy_names
 from tests.services.global_proxy.policies.standins import StandIn, prompt, stand_ins
 
-ALL = [(name, role) for role in ("prefill", "decode") for name in policy_names(role)]
+ALL = [(name, role) for role in ("prefill", "decode", "mixed") for name in policy_names(role)]
 
 Step = tuple[set[int], int, bytes]
 steps = st.lists(
@@ -56,6 +56,7 @@ class TestMakePolicy:
         assert set(POLICIES) == set(policy_names("prefill")) | set(policy_names("decode"))
         assert "pd_score_balance" not in policy_names("prefill")
         assert "prefill_score_balance" not in policy_names("decode")
+        assert not {"pd_score_balance", "prefill_score_balance"} & set(policy_names("mixed"))
 
     @pytest.mark.parametrize("name", ["fastest", "", "pd_score_balance"])
     def test_another_name_is_refused_with_those_there_are(self, name: str) -> None:

@@ -19,7 +19,7 @@ async def forts(deploy: Deploy) -> AsyncIterator[Build]:
 
         async def build(**settings: Any) -> Fort:
             pd = await deploy(0, 0, (prefill.url,), (decode.url,), min_prefill_tokens=0, **settings)
-            await until(lambda: all(pool.has_healthy() for pool in pd.proxy.members.pools))
+            await until(lambda: all(pool.has_healthy() for pool in (pd.proxy.members.prefill, pd.proxy.members.decode)))
             return Fort(pd, prefill, decode)
 
         yield build

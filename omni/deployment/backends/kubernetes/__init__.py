@@ -1,0 +1,1 @@
+"""Manifests for Kubernetes: a Deployment or a LeaderWorkerSet for each group, the proxy, its Services, a ConfigMap."""
