@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Self
 
 from kv_transfer.auth import default_key_path, load_key
-from omni.cli.admin_client import AdminClient
+from omni.deployment.admin_client import AdminClient
 from omni.deployment.deployment_file import load_deployment
 from omni.deployment.errors import ConfigError, DeploymentError, Problem
 from omni.deployment.run_state import DeploymentState

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from omni.cli import running
-from omni.cli.admin_client import AdminClient
+from omni.deployment.admin_client import AdminClient
 from omni.deployment.backends import Say, remote_backend
 from omni.deployment.backends.local import ENGINE_HOST
 from omni.deployment.engines_file import Engines

@@ -20,8 +20,8 @@ from typer.core import TyperGroup
 
 from kv_transfer.auth import default_key_path, load_key
 from omni.cli import running
-from omni.cli.admin_client import AdminClient
 from omni.cli.clear_errors import clear_errors
+from omni.deployment.admin_client import AdminClient
 from omni.deployment.backends import remote_backend
 from omni.deployment.backends.local import ENGINE_HOST
 from omni.deployment.deployment_file import load_deployment

@@ -49,9 +49,7 @@ def _without_devices(hosts: Sequence[str], num_ranks: int, num_workers: int) -> 
             yield from ((Node(host, (), rank),) for rank in range(share + (index < more)))
         return
     if len(hosts) % num_ranks or num_workers % (len(hosts) // num_ranks):
-        text = (
-            f"{num_ranks} DP rank(s) with {num_workers} worker(s) each do not spread evenly over {len(hosts)} hosts"
-        )
+        text = f"{num_ranks} DP rank(s) with {num_workers} worker(s) each do not spread evenly over {len(hosts)} hosts"
         raise LayoutError(text)
     num_nodes = len(hosts) // num_ranks
     for first in range(0, len(hosts), num_nodes):

@@ -92,6 +92,7 @@ class Deployment:
     proxy: Server
     prefill: tuple[Server, ...]
     decode: tuple[Server, ...]
+    mixed: tuple[Server, ...]
     model: str
     log_folder: Path
     env: dict[str, str]
@@ -127,6 +128,7 @@ def deployed(
     model: str,
     prefill_groups: int,
     decode_groups: int,
+    mixed_groups: int = 0,
     dp: int = 1,
     tp: int = 1,
     max_model_len: int = 2048,
@@ -145,7 +147,8 @@ def deployed(
     if "connector" not in kv_transfer:  # vLLM's own know no checksum
         kv_transfer = {"checksum": True, **kv_transfer}
     name = f"test-{folder.name}"
-    first_port = free_ports((prefill_groups + decode_groups) * (2 * dp + 1) + 2)  # the last: where engines join
+    num_groups = prefill_groups + decode_groups + mixed_groups
+    first_port = free_ports(num_groups * (2 * dp + 1) + 2)  # the last: where engines join
     ports = iter(range(first_port, first_port + 1000))
 
     def take(count: int) -> int:
@@ -172,6 +175,7 @@ def deployed(
         "deployment": {
             "prefill": groups("prefill", prefill_groups),
             "decode": groups("decode", decode_groups),
+            **({"mixed": groups("mixed", mixed_groups)} if mixed_groups else {}),
             "proxy": {"host": "127.0.0.1", "listen_port": take(1), "extra_args": list(_NO_SHORT_CUTS)}
             | (proxy_options or {}),
         },
@@ -182,6 +186,7 @@ def deployed(
             "log_path": str(folder / "logs"),
             "prefill": role,
             "decode": role,
+            "mixed": role,
             "kv_transfer": kv_transfer,
         },
     }
@@ -191,13 +196,20 @@ def deployed(
     plan = json.loads(omni_cli(env, "plan", "--json", str(config)).stdout)
     servers = {
         role: tuple(Server(process["url"]) for process in plan["processes"] if process["role"] == role)
-        for role in ("prefill", "decode", "proxy")
+        for role in ("prefill", "decode", "mixed", "proxy")
     }
     started = omni_cli(env, "serve", "--detach", str(config))
     assert started.returncode == 0, started.stdout + started.stderr
     try:
         yield Deployment(
-            name, servers["proxy"][0], servers["prefill"], servers["decode"], "test-model", folder / "logs", env
+            name=name,
+            proxy=servers["proxy"][0],
+            prefill=servers["prefill"],
+            decode=servers["decode"],
+            mixed=servers["mixed"],
+            model="test-model",
+            log_folder=folder / "logs",
+            env=env,
         )
     finally:
         pids = [p["pid"] for p in json.loads(omni_cli(env, "status", "--json", "--no-completion").stdout)["processes"]]

@@ -67,8 +67,9 @@ def claim_folder(plan: LaunchPlan, *, state: DeploymentState | None = None) -> R
     with one_at_a_time():
         earlier = folder.deployment()
         if earlier is not None and earlier.is_running:
+            by = f"pid {earlier.launcher_pid}" if earlier.backend == "local" else f"backend {earlier.backend}"
             raise DeploymentError(
-                f"deployment {plan.folder_name!r} is running already (pid {earlier.launcher_pid}): "
+                f"deployment {plan.folder_name!r} is running already ({by}): "
                 f"`omni_cli stop {plan.folder_name}` first, or give this one another `name`"
             )
         folder.remove()

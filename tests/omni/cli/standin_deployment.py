@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from kv_transfer.auth import load_or_make_key
-from omni.cli.admin_client import AdminClient
+from omni.deployment.admin_client import AdminClient
 from omni.deployment.backends.local import ENGINE_HOST
 from omni.deployment.engines_file import read_engines, write_engines
 from omni.deployment.run_state import DeploymentState, ProcessState, RunFolder

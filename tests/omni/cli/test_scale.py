@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from kv_transfer.auth import DeploymentKey, default_key_path, load_or_make_key
 from omni.cli import scale
-from omni.cli.admin_client import AdminClient
+from omni.deployment.admin_client import AdminClient
 from omni.deployment.engines_file import read_engines, write_engines
 from omni.deployment.errors import DeploymentError
 from omni.deployment.plan_types import LaunchPlan
