@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SITE := $(VENV)/lib/python3.11/site-packages
 CONFIG ?= configs/demo.yaml
 
-.PHONY: demo serve test check install lock proto bench-start bench-proxy bench-serving bench-waits bench-tokenise bench-kv bench-overlap system-deps wheels clean
+.PHONY: demo serve test check install lock proto bench-start bench-proxy bench-serving bench-waits bench-tokenise bench-kv bench-overlap bench-plan system-deps wheels clean
 
 demo: install
 	$(BIN)/omni_cli demo
@@ -51,6 +51,10 @@ bench-kv: install
 # Pull against layer-wise on a link narrowed to 1 Gbit/s (about 3 minutes). Needs root and iproute2.
 bench-overlap: install
 	$(BIN)/python -m benchmarks.bench_overlap
+
+# Planning and rendering 144 P and 288 D ranks (seconds).
+bench-plan: install
+	$(BIN)/python -m benchmarks.bench_plan
 
 # Debian packages beyond Python 3.11 for all of the tests and benchmarks, some of which are skipped without them:
 # Mooncake's library, network namespaces to cut links in, and for bench-proxy load, a peer, and a compiler for its stand-in

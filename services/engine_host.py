@@ -9,6 +9,7 @@ import argparse
 import logging
 import os
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -145,8 +146,8 @@ def _engines(args: argparse.Namespace, role: Pool | None) -> tuple[LaunchPlan, t
 
 def _serve(plan: LaunchPlan, engine: ProcessPlan) -> None:
     os.environ.update(engine.env)
-    if "VLLM_HOST_IP" in engine.env and (interface := interface_of(engine.host)):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)  # else gloo goes by the host's name
+    if "VLLM_HOST_IP" in engine.env:
+        _choose_interface(engine.host)
     key = load_or_make_key(default_key_path()) if plan.key_file is None else load_key(plan.key_file)
     if engine.link_address is not None:
         _hold_on_to_other_nodes(engine, engine.link_address, key)
@@ -157,6 +158,18 @@ def _serve(plan: LaunchPlan, engine: ProcessPlan) -> None:
         api_server.serve(engine.arguments)
         return
     api_server.serve(engine.arguments, partial(InstanceAgent, _agent_settings(plan, engine), key, LoadReader()))
+
+
+def _choose_interface(host: str) -> None:
+    """Have gloo and HCCL use the network of the file's address; by themselves they go by the host's name."""
+    try:
+        address = socket.gethostbyname(host)
+    except OSError:
+        return  # nor will vLLM find it, and it says so
+    if interface := interface_of(address):
+        os.environ.setdefault("HCCL_IF_IP", address)
+        for name in ("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME", "HCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, interface)
 
 
 def _hold_on_to_other_nodes(engine: ProcessPlan, link_address: str, key: DeploymentKey) -> None:

@@ -99,6 +99,17 @@ def test_which_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         engines("decode", file, "--group", "group2")
 
 
+def test_the_network_of_the_file_s_address_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME", "HCCL_SOCKET_IFNAME")
+    monkeypatch.setattr(os, "environ", {"TP_SOCKET_IFNAME": "chosen"})
+    engine_host._choose_interface("127.0.0.1")
+    assert [os.environ[name] for name in names] == ["lo", "chosen", "lo"]
+    assert os.environ["HCCL_IF_IP"] == "127.0.0.1"
+    monkeypatch.setattr(os, "environ", {})
+    engine_host._choose_interface("198.51.100.200")  # nobody's here
+    assert not os.environ
+
+
 def forked(serve: Callable[[], None]) -> tuple[int, str]:
     """Exit code and output of a child."""
     reader, writer = os.pipe()
