@@ -38,6 +38,7 @@ if [ -n "$with_dependencies" ]; then
     "$python" -m pip wheel --quiet --no-deps --wheel-dir "$new" --requirement requirements/cpu.lock
 fi
 
-rm -f build/dist/omni_infer-*.whl # of an earlier version
+rm -f build/dist/omni_infer-*.whl                                       # of an earlier version
+if [ -n "$with_dependencies" ]; then rm -f build/dist/*.whl; fi # pip refuses two versions of one package
 mv -f "$new"/*.whl build/dist/
 ls build/dist/*.whl

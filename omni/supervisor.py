@@ -295,7 +295,7 @@ class Supervisor:
         if never_ready or is_final:
             supervised.set_state(state="failed", pid=None, message=ending)
             self._report(supervised, f"{ending} and is not started again", last_lines)
-            self.gave_up = not supervised.child.is_optional
+            self.gave_up = self.gave_up or not supervised.child.is_optional
             return
         doublings = min(supervised.num_short_runs - 1, _MAX_DOUBLINGS)
         backoff_s = min(_FIRST_BACKOFF_S * 2**doublings, _LAST_BACKOFF_S)

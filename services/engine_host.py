@@ -67,11 +67,16 @@ def _parser(role: Pool | None) -> argparse.ArgumentParser:
     parser.add_argument("--group", required=True, help="the group to run, for example group1")
     parser.add_argument("--listen", metavar="ADDRESS", help="this machine's, if not the one in the file")
     parser.add_argument(
-        "--join", action="append", default=[], metavar="HOST:PORT", help="with --listen: a proxy's control port"
+        "--join",
+        action="append",
+        default=[],
+        type=_address,
+        metavar="HOST:PORT",
+        help="with --listen: a proxy's control port",
     )
     parser.add_argument("--node", type=int, default=0, help="with --listen: which of the group's hosts this is")
     parser.add_argument("--master", metavar="ADDRESS", help="with --node: that of node 0")
-    parser.add_argument("--base-api-port", type=int, help="with --listen: instead of the file's")
+    parser.add_argument("--base-api-port", type=_port, help="with --listen: instead of the file's")
     return parser
 
 
@@ -120,11 +125,12 @@ def _scale(plan: LaunchPlan, folder: RunFolder, supervisor: Supervisor) -> None:
 def _engines(args: argparse.Namespace, role: Pool | None) -> tuple[LaunchPlan, tuple[ProcessPlan, ...]]:
     """The plan and those of its engines that run here."""
     if role is None:
-        plan = load_plan(args.config, on=args.on)
+        plan = _plan_here(args.config, args.on, "--on HOST")
         part = plan if args.on is None else plan.part(args.on, "engines")
         return part, part.engines
     if args.listen is None:
-        plan = load_plan(args.config)
+        _refuse_without_listen(args)
+        plan = _plan_here(args.config, None, "--listen ADDRESS")
         engines = plan.instance(role, args.group)
     else:
         relocation = Relocation(
@@ -142,6 +148,33 @@ def _engines(args: argparse.Namespace, role: Pool | None) -> tuple[LaunchPlan, t
         groups = sorted({process.group for process in plan.processes if process.role == role})
         raise DeploymentError(f"--group: there is no {role} group {args.group!r}; the deployment file has {groups}")
     return plan, engines
+
+
+def _plan_here(config: Path, on: str | None, option: str) -> LaunchPlan:
+    plan = load_plan(config, on=on)
+    if on is None and plan.deployment.backend != "local":
+        text = f"is needed with backend {plan.deployment.backend}: which of its engines run on this machine?"
+        raise DeploymentError(f"{option}: {text}")
+    return plan
+
+
+def _refuse_without_listen(args: argparse.Namespace) -> None:
+    for option in ("join", "node", "master", "base_api_port"):
+        if getattr(args, option):
+            raise DeploymentError(f"--{option.replace('_', '-')}: goes with --listen ADDRESS; write that, too")
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 1024 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port number; write a number from 1024 to 65535")
+    return int(text)
+
+
+def _address(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or not 1 <= int(port) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT; write one such as 10.0.0.1:7001")
+    return text
 
 
 def _serve(plan: LaunchPlan, engine: ProcessPlan) -> None:

@@ -166,8 +166,11 @@ def _wait_for_end(connection: socket.socket) -> None:
 
 
 def _receive(connection: socket.socket, num_bytes: int) -> bytes:
+    """Within _GREETING_S, however slowly the bytes come."""
+    deadline_s = time.monotonic() + _GREETING_S
     received = b""
     while len(received) < num_bytes:
+        connection.settimeout(max(deadline_s - time.monotonic(), 0.001))
         part = connection.recv(num_bytes - len(received))
         if not part:
             raise ConnectionError("closed")

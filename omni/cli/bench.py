@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Annotated, Final
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from omni.cli import bench_plot, running
 from omni.cli.clear_errors import clear_errors
 from omni.cli.deployment_view import engine_plans
 from omni.cli.load_test import LATENCIES, PERCENTILES, Figures, Load, Slo, Target, check_vllm, run_at
+from omni.cli.plain_console import plain_console
 from omni.cli.proxy_access import ProxyAccess, api_key
 from omni.deployment.engines_file import Engines
 from omni.deployment.errors import ConfigError, DeploymentError, Problem
@@ -26,8 +26,8 @@ from omni.deployment.run_state import DeploymentState
 _RESULT: Final = "bench.json"
 _PICTURE: Final = "bench.png"
 
-console = Console()
-notes = Console(stderr=True)
+console = plain_console()
+notes = plain_console(stderr=True)
 
 
 class Dataset(StrEnum):

@@ -5,11 +5,11 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import typer
-from rich.console import Console
 
+from omni.cli.plain_console import plain_console
 from omni.deployment.errors import DeploymentError
 
-errors = Console(stderr=True)
+errors = plain_console(stderr=True)
 
 P = ParamSpec("P")
 R = TypeVar("R")

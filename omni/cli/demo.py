@@ -43,6 +43,7 @@ def _stream(plan: LaunchPlan, connection: http.client.HTTPConnection, console: C
     console.print(
         f"\ncurl -N {plan.proxy.url}{path} -H 'content-type: application/json' -d '{json.dumps(body)}'\n",
         markup=False,
+        emoji=False,
         highlight=False,
         soft_wrap=True,
     )
@@ -68,7 +69,7 @@ def _stream(plan: LaunchPlan, connection: http.client.HTTPConnection, console: C
         for choice in event.get("choices", ()):
             if text := choice["delta"].get("content"):
                 arrivals.append(time.monotonic())
-                console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+                console.print(text, end="", markup=False, emoji=False, highlight=False, soft_wrap=True)
     else:
         raise DeploymentError("the stream ended without [DONE]")
     if len(arrivals) < 2:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Final
 
 from rich.console import Console
 
@@ -12,14 +13,22 @@ from omni.deployment.backends.local import claim_folder
 from omni.deployment.errors import DeploymentError
 from omni.deployment.plan_types import LaunchPlan
 
-_READY_TIMEOUT_S = 900.0  # large models load for minutes; an engine that fails is noticed at once
+START_TIMEOUT_S: Final = 3600.0  # the largest models load for half an hour; an engine that fails is noticed at once
 
 
-def start(plan: LaunchPlan, console: Console, *, on: str | None = None, part: str | None = None) -> None:
+def start(
+    plan: LaunchPlan,
+    console: Console,
+    *,
+    on: str | None = None,
+    part: str | None = None,
+    timeout_s: float = START_TIMEOUT_S,
+) -> None:
     """Returns when every process is ready.
 
     Args:
         on: the host whose part the plan is, and `part` which one: as for `omni_cli serve`.
+        timeout_s: for every process to be ready.
 
     Whoever waits no longer (Ctrl-C) stops what was started.
 
@@ -37,7 +46,7 @@ def start(plan: LaunchPlan, console: Console, *, on: str | None = None, part: st
         )
     try:
         with StartProgress(folder, tuple(p.name for p in plan.processes), console) as progress:
-            _wait_until_ready(plan, progress, launcher, log_file)
+            _wait_until_ready(plan, progress, launcher, log_file, timeout_s)
     except BaseException:
         launcher.terminate()
         launcher.wait(timeout=60)
@@ -46,15 +55,14 @@ def start(plan: LaunchPlan, console: Console, *, on: str | None = None, part: st
 
 
 def _wait_until_ready(
-    plan: LaunchPlan, progress: StartProgress, launcher: "subprocess.Popen[bytes]", log_file: Path
+    plan: LaunchPlan, progress: StartProgress, launcher: "subprocess.Popen[bytes]", log_file: Path, timeout_s: float
 ) -> None:
-    deadline = time.monotonic() + _READY_TIMEOUT_S
+    deadline = time.monotonic() + timeout_s
     while progress.update():
         if launcher.poll() is not None:
             end = log_file.read_text(errors="replace")[-3000:]
             raise DeploymentError(f"{plan.folder_name} did not start:\n{end}\n(all of it: {log_file})")
         if time.monotonic() > deadline:
-            raise DeploymentError(
-                f"{plan.folder_name} was not ready after {_READY_TIMEOUT_S:.0f} s; see {log_file.parent}"
-            )
+            text = f"{plan.folder_name} was not ready after {timeout_s:g} s, and is stopped (--start-timeout-s)"
+            raise DeploymentError(f"{text}; see {log_file.parent}")
         time.sleep(0.1)

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Annotated, Final
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from omni.cli.clear_errors import clear_errors
+from omni.cli.plain_console import plain_console
 from omni.deployment.doctor.examine import examine_deployment, examine_machine
 from omni.deployment.doctor.finding import Finding, Level
 from omni.deployment.errors import DeploymentError
 
-console = Console()
+console = plain_console()
 
 _STYLES: Final[dict[Level, str]] = {"ok": "green", "warning": "yellow", "problem": "red"}
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar, get_args
 
 import typer
-from rich.console import Console
 
 from omni.cli.clear_errors import clear_errors
+from omni.cli.plain_console import plain_console
 from omni.deployment.deployment_file import load_deployment
 from omni.deployment.errors import ConfigError, DeploymentError
 from omni.deployment.groups import Pool
@@ -28,7 +28,7 @@ _MOST_GROUPS: Final = 1000
 _MOST_DEVICES: Final = 1024  # of one host
 _DEVICES: Final = re.compile(r"\d{1,6}(-\d{1,6})?(,\d{1,6}(-\d{1,6})?)*")
 
-console = Console()
+console = plain_console()
 
 
 @clear_errors

@@ -17,7 +17,7 @@ from omni.deployment.run_state import DeploymentState
 def logs(
     process: Annotated[str | None, typer.Argument(help="for example decode.group1.rank0; all when left out")] = None,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="go on as lines are added")] = False,
-    num_lines: Annotated[int, typer.Option("-n", "--lines", help="how many of the last lines")] = 20,
+    num_lines: Annotated[int, typer.Option("-n", "--lines", min=0, help="how many of the last lines")] = 20,
     deployment_name: Annotated[str | None, typer.Option("--deployment")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="other backends: keep the logs here")] = None,
 ) -> None:

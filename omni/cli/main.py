@@ -6,17 +6,20 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from omni.cli import bench, curl, detached, doctor, init, logs, restart, running, scale, serve, status
 from omni.cli.clear_errors import clear_errors
 from omni.cli.demo import run_demo
+from omni.cli.plain_console import plain_console
+from omni.deployment.backends import remote_backend
 from omni.deployment.checks import check_machine
+from omni.deployment.errors import raise_any
+from omni.deployment.line_numbers import naming_lines
 from omni.deployment.load import load_plan
 from omni.deployment.render import plan_as_dict, plan_table
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-console = Console()
+console = plain_console()
 
 Config = Annotated[Path, typer.Argument(help="deployment file, for example configs/demo.yaml")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
@@ -26,6 +29,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 def plan(config: Config, as_json: AsJson = False) -> None:
     """Show what a deployment file would start, and start nothing."""
     launch_plan = load_plan(config)
+    backend = launch_plan.deployment.backend
+    if backend != "local":
+        with naming_lines(config):
+            raise_any(remote_backend(backend).problems(launch_plan))
     if as_json:
         print(json.dumps(plan_as_dict(launch_plan), indent=2))
     else:

@@ -22,9 +22,9 @@ class StartProgress:
         self._started = time.monotonic()
         self._ready: set[str] = set()
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
-            TextColumn("{task.fields[stage]}"),
+            TextColumn("{task.fields[stage]}", markup=False),
             TimeElapsedColumn(),
             console=console,
             auto_refresh=False,
@@ -56,6 +56,6 @@ class StartProgress:
             if state.state == "ready" and name not in self._ready:
                 self._ready.add(name)
                 if not self._console.is_terminal:
-                    self._console.print(f"{name} ready after {time.monotonic() - self._started:.1f} s")
+                    self._console.print(f"{name} ready after {time.monotonic() - self._started:.1f} s", markup=False)
         self._progress.refresh()
         return len(self._ready) < len(self._names)

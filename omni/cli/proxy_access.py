@@ -43,11 +43,15 @@ class ProxyAccess:
         )
 
     def admin_client(self) -> AdminClient:
-        """Raises DeploymentError: the deployment key cannot be had."""
+        """Raises DeploymentError: the deployment key, or the certificate, cannot be had."""
         try:
-            return AdminClient(self.url, load_key(self.key_file or default_key_path()))
+            key = load_key(self.key_file or default_key_path())
         except ValueError as error:
             raise DeploymentError(str(error)) from None
+        try:
+            return AdminClient(self.url, key, self.ssl_context())
+        except OSError as error:
+            raise DeploymentError(f"the proxy's certificate {self.certificate_file}: {error}") from None
 
     def ssl_context(self) -> ssl.SSLContext | None:
         """Trusts the deployment's own certificate, whatever host it names. Raises OSError."""

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import Annotated, Final
 
 import typer
-from rich.console import Console
 
 from omni.cli import running
 from omni.cli.clear_errors import clear_errors
 from omni.cli.deployment_view import engine_plans
+from omni.cli.plain_console import plain_console
 from omni.cli.proxy_access import ProxyAccess
 from omni.cli.rolling_restart import RollingRestart, Unit, units_of
 from omni.deployment.admin_client import AdminClient
@@ -21,7 +21,7 @@ from omni.deployment.run_state import DeploymentState
 
 PROXY: Final = "proxy"
 
-console = Console()
+console = plain_console()
 
 Processes = Annotated[
     list[str] | None,

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from omni.cli import running
 from omni.deployment.admin_client import AdminClient
@@ -54,8 +55,9 @@ def units_of(names: Iterable[str], engines: Engines) -> list[Unit]:
             if (other.role, other.group) == (engine.role, engine.group)
             and (is_coupled or other.dp_rank == engine.dp_rank)  # a rank's other nodes, where it has some
         ]
-        addresses = tuple(f"{other.host}:{other.port}".lower() for other in same if not other.is_headless)
-        units.append(Unit(role=engine.role, names=tuple(other.name for other in same), instances=addresses))
+        # A further node's api server runs elsewhere: its requests are those that this node works for.
+        addresses = dict.fromkeys(urlsplit(other.leader_url or other.url).netloc.lower() for other in same)
+        units.append(Unit(role=engine.role, names=tuple(other.name for other in same), instances=tuple(addresses)))
     return units
 
 

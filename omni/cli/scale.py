@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Annotated, Any, Final, cast, get_args
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
 from kv_transfer.auth import default_key_path, load_key
 from omni.cli import running
 from omni.cli.clear_errors import clear_errors
+from omni.cli.plain_console import plain_console
+from omni.cli.proxy_access import ProxyAccess
 from omni.deployment.admin_client import AdminClient
 from omni.deployment.backends import remote_backend
 from omni.deployment.backends.local import ENGINE_HOST
@@ -39,7 +40,7 @@ _START_TIMEOUT_S: Final = 1800.0
 _STOP_TIMEOUT_S: Final = 60.0
 _JOIN_S: Final = 3.0
 
-console = Console()
+console = plain_console()
 
 
 class _Scale(TyperGroup):
@@ -169,7 +170,7 @@ def _client(name: str | None, url: str | None, key_file: Path | None) -> AdminCl
 
 
 def _client_of(deployment: DeploymentState) -> AdminClient:
-    return _client_at(deployment.proxy_url, _kv_transfer(deployment).key_file)
+    return ProxyAccess.of(deployment).admin_client()
 
 
 def _kv_transfer(deployment: DeploymentState) -> KvTransfer:

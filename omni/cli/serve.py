@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Annotated, Final, get_args
 
 import typer
-from rich.console import Console
 
 from omni.cli import detached, running
 from omni.cli.clear_errors import clear_errors
+from omni.cli.plain_console import plain_console
 from omni.cli.progress import StartProgress
 from omni.deployment.backends import local, remote_backend
 from omni.deployment.checks import check_machine
@@ -21,7 +21,7 @@ from omni.deployment.run_state import RunFolder, one_at_a_time
 
 REMOTE: Final = tuple(name for name in get_args(Backend) if name != "local")
 
-console = Console()
+console = plain_console()
 
 Config = Annotated[Path, typer.Argument(help="deployment file, for example configs/demo.yaml")]
 Name = Annotated[str | None, typer.Argument(help="deployment name; not needed while only one runs")]
@@ -34,6 +34,9 @@ def serve(
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress bars")] = False,
     on: Annotated[str | None, typer.Option("--on", metavar="HOST", help="only what the file has on this host")] = None,
     part: Annotated[str | None, typer.Option("--part", help="with --on: engines or proxy; default: both")] = None,
+    start_timeout_s: Annotated[
+        float, typer.Option("--start-timeout-s", min=1, max=86400, help="with --detach: for all to be ready")
+    ] = detached.START_TIMEOUT_S,
 ) -> None:
     """Start a deployment. On this machine Ctrl-C stops all of it; other backends go on until `omni_cli stop`."""
     launch_plan = _part(config, on, part)
@@ -42,7 +45,7 @@ def serve(
         return
     check_machine(launch_plan)
     if detach:
-        detached.start(launch_plan, console, on=on, part=part)
+        detached.start(launch_plan, console, on=on, part=part, timeout_s=start_timeout_s)
         return
     folder = RunFolder.of(launch_plan.folder_name)
     if quiet:

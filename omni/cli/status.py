@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -17,6 +17,7 @@ from omni.cli import running
 from omni.cli.clear_errors import clear_errors
 from omni.cli.completion_proof import Completion, complete
 from omni.cli.deployment_view import DeploymentView, ProcessView, Viewer
+from omni.cli.plain_console import plain_console
 from omni.cli.proxy_access import ProxyAccess, api_key
 from omni.deployment.errors import DeploymentError
 from omni.deployment.run_state import DeploymentState
@@ -25,7 +26,7 @@ _COLUMNS: Final = ("process", "address", "state", "uptime", "pid", "restarts", "
 _NO_WRAP: Final = ("process", "address")
 _COLOURS: Final = {"ready": "green", "starting": "yellow", "restarting": "yellow", "failed": "red", "stopped": "red"}
 
-console = Console()
+console = plain_console()
 
 Name = Annotated[str | None, typer.Argument(help="deployment name; not needed while only one runs")]
 Watch = Annotated[bool, typer.Option("--watch", help="go on until Ctrl-C")]

@@ -1,12 +1,13 @@
 """The proxy's admin API, as the command line uses it."""
 
 import json
+import ssl
 from collections.abc import Mapping
 from http.client import HTTPException
 from typing import Any, Final
 from urllib.error import HTTPError
 from urllib.parse import quote, urlencode
-from urllib.request import ProxyHandler, Request, build_opener
+from urllib.request import HTTPSHandler, ProxyHandler, Request, build_opener
 
 from kv_transfer.auth import DeploymentKey
 from omni.deployment.errors import DeploymentError
@@ -16,9 +17,6 @@ _TOKEN_PURPOSE: Final = "omni proxy admin API, bearer token, 1"  # noqa: S105 (n
 _TIMEOUT_S: Final = 10.0
 _MAX_ANSWER_BYTES: Final = 8 << 20
 
-# A proxy named by $http_proxy is not to be asked for ours, nor to see the token.
-_opener = build_opener(ProxyHandler({}))
-
 
 def admin_token(key: DeploymentKey) -> str:
     """The admin API's bearer token: whoever holds the deployment key can make it."""
@@ -27,14 +25,17 @@ def admin_token(key: DeploymentKey) -> str:
 
 class AdminClient:
     """Args:
-    proxy_url: http://HOST:PORT of the proxy.
+    proxy_url: http://HOST:PORT of the proxy, or https://.
+    tls: for https; None: certificates that this system trusts.
 
     Every call raises DeploymentError: the proxy does not answer, or refuses; the message is the proxy's own.
     """
 
-    def __init__(self, proxy_url: str, key: DeploymentKey) -> None:
+    def __init__(self, proxy_url: str, key: DeploymentKey, tls: ssl.SSLContext | None = None) -> None:
         self._url = f"{proxy_url.rstrip('/')}/admin/v1"
         self._token = admin_token(key)
+        # A proxy named by $http_proxy is not to be asked for ours, nor to see the token.
+        self._opener = build_opener(ProxyHandler({}), HTTPSHandler(context=tls))
 
     def state(self) -> dict[str, Any]:
         """Instances with their load, policies, requests in flight and queued."""
@@ -78,7 +79,7 @@ class AdminClient:
             headers["Content-Type"] = "application/json"
         try:
             request = Request(self._url + path, data=data, headers=headers, method=method)  # noqa: S310 (http only)
-            with _opener.open(request, timeout=timeout_s) as response:
+            with self._opener.open(request, timeout=timeout_s) as response:
                 answer: dict[str, Any] = json.loads(response.read(_MAX_ANSWER_BYTES) or b"{}")
                 return answer
         except HTTPError as error:

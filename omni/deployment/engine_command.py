@@ -11,11 +11,10 @@ from omni.deployment.errors import Problem
 from omni.deployment.groups import GroupSettings
 from omni.deployment.layout import Rank
 from omni.deployment.model import KvConnector, KvTransfer, Platform, Services
-from omni.deployment.switches import switch_arguments
+from omni.deployment.switches import eager_arguments, switch_arguments
 
 API_SERVER = "omni.adaptors.vllm.api_server"
 MOONCAKE_ON_CPU = "omni.adaptors.vllm.mooncake_on_cpu.MooncakeOnCpu"
-EAGER_STAGES = '{"mode": 2, "backend": "eager"}'
 SHUTDOWN_TIMEOUT_S = 5  # for requests in flight
 MAX_NUM_SEQS_CPU = 64  # vLLM's own default is made for accelerators
 # Of a prompt that D computes itself, while it has other requests, so many tokens a step: about what doubles its time.
@@ -156,7 +155,7 @@ class EngineCommand:
             yield from self._data_parallel_arguments()
         if len(self.nodes) > 1:
             yield from self._node_arguments()
-        yield from switch_arguments(self.services, self.group.role, self.platform)
+        yield from switch_arguments(self.services, self.group, self.platform, is_in_step=self._is_in_step)
         if self.group.role == "decode":
             yield from self._decode_defaults()
         if self.is_cpu:
@@ -173,14 +172,8 @@ class EngineCommand:
             yield from ("--worker-extension-cls", MOONCAKE_ON_CPU)
         if "--max-num-seqs" not in written:
             yield from ("--max-num-seqs", str(MAX_NUM_SEQS_CPU))
-        if written & {"--enforce-eager", "--no-enforce-eager"} or self.services.graph_mode is not None:
-            return
-        if self.group.pipeline_parallel_size > 1:
-            # Eager too, but in a mode in which vLLM warms up: without that, its second stage on a CPU has no room for
-            # what the first one sends (vLLM 0.32).
-            yield from ("--compilation-config", EAGER_STAGES)
-        else:
-            yield "--enforce-eager"  # compiling takes minutes on a CPU
+        if not written & {"--enforce-eager", "--no-enforce-eager"} and self.services.graph_mode is None:
+            yield from eager_arguments(self.group, self.platform)  # compiling takes minutes on a CPU
 
     def _data_parallel_arguments(self) -> Iterator[str]:
         """A mixture of experts spreads its experts over the DP ranks, so these run in step.

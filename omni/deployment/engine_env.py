@@ -13,6 +13,7 @@ from omni.deployment.shares import EngineShare
 _RESERVED = (
     "VLLM_CPU_OMP_THREADS_BIND",
     "VLLM_CPU_KVCACHE_SPACE",
+    "OMNI_STATE_DIR",
     "ASCEND_RT_VISIBLE_DEVICES",
     "RANK_TABLE_FILE_PATH",
     "GLOBAL_RANK_TABLE_FILE_PATH",
@@ -92,7 +93,8 @@ def engine_env(share: EngineShare, *, kv_env: Mapping[str, str], platform: Platf
 
 def env_problems(group: GroupSettings, connector: KvConnector) -> Iterator[Problem]:
     for name in group.env:
-        if name in _RESERVED or name in _RESERVED_FOR[connector] or name.startswith("VLLM_DP_"):
+        is_own_address = name == "VLLM_HOST_IP" and len(group.hosts) > 1
+        if name in (*_RESERVED, *_RESERVED_FOR[connector]) or name.startswith("VLLM_DP_") or is_own_address:
             own = group.group.env or {}
             field = f"{group.path}.env" if name in own else f"services.{group.role}.env"
             yield Problem(f"{field}.{name}", "is set by the plan", "delete it")

@@ -19,8 +19,9 @@ Engines = tuple[ProcessPlan, ...]
 
 def write_engines(folder: RunFolder, engines: Engines) -> None:
     """Replace the file whole. Raises OSError."""
-    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.make()
     temporary = folder.path / f".{_NAME}.{os.getpid()}"
+    temporary.touch(0o600)  # environments have tokens in them
     temporary.write_bytes(msgspec.json.encode(engines, enc_hook=str))  # paths
     temporary.replace(folder.path / _NAME)
 

@@ -14,6 +14,8 @@ from pydantic_core import PydanticCustomError
 
 from kv_transfer.connector.settings import MAX_CONNECTIONS
 
+MAX_PARALLEL_SIZE = 4096  # what a slip of the pen writes beyond it would take for ever to plan
+
 REFUSED = "omni_field"  # marks our own refusals among pydantic's errors
 
 _HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9-]{1,63}(?<!-))*")
@@ -52,6 +54,13 @@ def _count(value: Any) -> int:
     number = _whole_number(value)
     if number is None or number < 1:
         raise refusal("is not a number of at least 1", "write a whole number such as 1")
+    return number
+
+
+def _parallel_size(value: Any) -> int:
+    number = _whole_number(value)
+    if number is None or not 1 <= number <= MAX_PARALLEL_SIZE:
+        raise refusal(f"is not a number from 1 to {MAX_PARALLEL_SIZE}", "write a whole number such as 1")
     return number
 
 
@@ -97,6 +106,18 @@ def _host(value: Any) -> str:
         text = ""
     if not _HOST_NAME.fullmatch(text):
         raise refusal("is not an IPv4 address or host name", "write one such as 127.0.0.1")
+    return text
+
+
+def _address(value: Any) -> str:
+    text = value.strip() if isinstance(value, str) else ""
+    host, _, port = text.rpartition(":")
+    try:
+        _host(host)
+    except PydanticCustomError:
+        port = ""
+    if not re.fullmatch(r"[0-9]{1,5}", port) or not 1 <= int(port) <= 65535:
+        raise refusal("is not HOST:PORT", "write an IPv4 address or host name and a port, such as 10.0.0.2:7001")
     return text
 
 
@@ -180,11 +201,13 @@ Port = Annotated[int, BeforeValidator(_port)]
 ControlPort = Annotated[int | None, BeforeValidator(_control_port)]  # None: not written
 Connections = Annotated[int, BeforeValidator(_connections)]
 Count = Annotated[int, BeforeValidator(_count)]
+ParallelSize = Annotated[int, BeforeValidator(_parallel_size)]
 Number = Annotated[int, BeforeValidator(_number)]
 Positive = Annotated[float, BeforeValidator(_positive)]
 Text = Annotated[str, BeforeValidator(_text)]
 LocalPath = Annotated[Path, BeforeValidator(_text), AfterValidator(lambda path: path.expanduser().absolute())]
 Host = Annotated[str, BeforeValidator(_host)]
+Address = Annotated[str, BeforeValidator(_address)]  # HOST:PORT
 Hosts = Annotated[tuple[str, ...], BeforeValidator(_hosts)]
 Devices = Annotated[tuple[int, ...], BeforeValidator(_devices)]
 Arguments = Annotated[tuple[str, ...], BeforeValidator(_arguments)]

@@ -42,6 +42,14 @@ class GroupSettings:
         return f"{self.path}.{key}" if on_group else f"services.{self.role}.{key}"
 
     @property
+    def size_field(self) -> str:
+        """The first size that is written, else the group itself."""
+        sizes = ("data_parallel_size", "tensor_parallel_size", "pipeline_parallel_size")
+        blocks = (self.group, self.shared)
+        written = (key for key in sizes if any(getattr(block, key) is not None for block in blocks))
+        return next(map(self.field, written), self.path)
+
+    @property
     def hosts(self) -> tuple[str, ...]:
         return self.group.hosts
 
@@ -64,8 +72,11 @@ class GroupSettings:
 
     @property
     def data_parallel_size(self) -> int:
-        """As written, else as many ranks as the devices of all hosts allow, else 1."""
-        return self._written_data_parallel_size or max(1, self.num_devices // self.num_workers)
+        """As written, else as many ranks as the hosts' devices allow: whole ones on each, or spread over several."""
+        if self._written_data_parallel_size:
+            return self._written_data_parallel_size
+        on_one_host = sum(len(self.devices(host)) // self.num_workers for host in self.hosts)
+        return on_one_host or max(1, self.num_devices // self.num_workers)
 
     @property
     def _written_data_parallel_size(self) -> int | None:
@@ -155,6 +166,15 @@ def group_settings(deployment: Deployment) -> Iterator[GroupSettings]:
                 name=name,
                 group=group,
                 shared=shared,
-                max_model_len=shared.max_model_len,
+                max_model_len=_max_model_len(deployment, role),
                 use_devices=use_devices,
             )
+
+
+def _max_model_len(deployment: Deployment, role: Pool) -> int:
+    """The proxy gives a request to D or to a mixed group, so what is not written of the latter is as of the former."""
+    shared = getattr(deployment.services, role)
+    if role == "mixed" and deployment.deployment.decode and "max_model_len" not in shared.model_fields_set:
+        shared = deployment.services.decode
+    number: int = shared.max_model_len
+    return number

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import get_args
 
 from omni.deployment.deployment_file import load_deployment
-from omni.deployment.errors import ConfigError, Problem
+from omni.deployment.errors import ConfigError, Problem, raise_any
 from omni.deployment.line_numbers import naming_lines
 from omni.deployment.local_hosts import host_problems
 from omni.deployment.machine import Machine, this_machine
@@ -13,6 +13,7 @@ from omni.deployment.model_info import FIELD, ModelInfo, read_model_info, unknow
 from omni.deployment.plan import make_plan
 from omni.deployment.plan_types import LaunchPlan
 from omni.deployment.relocate import Relocation
+from omni.deployment.validate import cross_field_problems
 
 
 def load_plan(
@@ -39,6 +40,7 @@ def load_plan(
         deployment = load_deployment(config_file)
         if backend is not None:
             deployment = deployment.model_copy(update={"backend": _known(backend)})
+            raise_any(cross_field_problems(deployment))  # its own rules may be others
         if relocation is not None:
             deployment, on = relocation.of(deployment), relocation.listen
         return _plan(deployment, machine or this_machine(), config_file, on)

@@ -33,7 +33,7 @@ def _own_host_problems(deployment: Deployment, machine: Machine, on: str) -> Ite
     if on not in hosts:
         yield Problem("--on", f"{on} is no host of the deployment file", f"write one of {', '.join(hosts)}")
     elif not machine.is_host(on):
-        yield Problem("--on", f"{on} is not this machine", "run it there")
+        yield Problem("--on or --listen", f"{on} is not this machine", "run it there")
 
 
 def _local_problems(deployment: Deployment, machine: Machine) -> Iterator[Problem]:

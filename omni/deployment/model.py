@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from kv_transfer.connector.settings import Mode, TransportName
 from omni.deployment.fields import (
+    Address,
     Arguments,
     AtLeastOne,
     Connections,
@@ -31,6 +32,7 @@ from omni.deployment.fields import (
     MixedGroupName,
     Name,
     Number,
+    ParallelSize,
     Port,
     Positive,
     PrefillGroupName,
@@ -97,9 +99,9 @@ class HostOverride(Access):
 class EngineOptions(Block):
     """Keys that may stand on a group as well as on services.prefill and services.decode."""
 
-    data_parallel_size: Count | None = None  # default: as many as the devices allow; 1 without devices
-    tensor_parallel_size: Count | None = None  # default: of P and mixed groups all devices of the group; of D 1
-    pipeline_parallel_size: Count | None = None  # default: 1
+    data_parallel_size: ParallelSize | None = None  # default: as many as the devices allow; 1 without devices
+    tensor_parallel_size: ParallelSize | None = None  # default: of P and mixed groups all devices of the group; of D 1
+    pipeline_parallel_size: ParallelSize | None = None  # default: 1
     extra_args: Arguments | None = None  # more arguments for vLLM's api server
     env: Environment | None = None
     kv_cache_gib: Positive | None = None  # of one DP rank, all its TP ranks together
@@ -135,8 +137,8 @@ class Proxy(Access):
     listen_port: Port = 7000
     control_port: ControlPort = None  # where engines join and report their load; 0: nowhere; default:
     # `omni.deployment.ports.control_port`
-    other_control_addresses: tuple[Text, ...] = ()  # HOST:PORT of more proxies that the engines join
-    workers: Count = 1  # processes behind listen_port
+    other_control_addresses: tuple[Address, ...] = ()  # HOST:PORT of more proxies that the engines join
+    workers: ParallelSize = 1  # processes behind listen_port
     prefill_policy: PrefillPolicy | None = None  # who gets a prompt; default: the proxy's own
     decode_policy: DecodePolicy | None = None
     mixed_policy: PrefillPolicy | None = None
@@ -185,7 +187,7 @@ class DecodeServices(EngineOptions):
 
 
 class MixedServices(EngineOptions):
-    max_model_len: Count = 32000
+    max_model_len: Count = 32000  # default beside decode groups: decode's, for the proxy gives a request to either
 
 
 class ExpertPlacement(Block):

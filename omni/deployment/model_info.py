@@ -17,6 +17,10 @@ _LAYERS = ("num_hidden_layers", "n_layer")
 _HIDDEN = ("hidden_size", "n_embd")
 _EXPERTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")
 _LENGTH = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+# Where vLLM looks for the number of layers for multi-token prediction (vllm/config/speculative.py).
+_MTP_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
+# There it takes one for granted in these models.
+_WITH_MTP = ("dots3_note", "longcat_flash", "step3p5", "step3p7", "minimax_m3", "mimo_v2", "mimov2")
 # Rope types whose max_position_embeddings is the stretched length (vllm/config/model.py).
 _ROPE_COUNTED_IN = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
 
@@ -33,6 +37,8 @@ class ModelInfo:
     max_position_embeddings: int | None  # tokens; None: the model names no limit
     is_moe: bool
     is_known: bool = True  # False: the folder is not on this machine, and all else is made up
+    num_heads: int = 0  # of attention; 0: not known
+    num_mtp_layers: int = 0  # for multi-token prediction
     mla_width: int = 0  # elements of the compressed KV of one token and layer; 0: ordinary attention
 
     def weight_bytes_as(self, dtype: str) -> int:
@@ -89,6 +95,8 @@ def read_model_info(folder: Path) -> ModelInfo:
         head_dim=_first(config, ("head_dim", "hidden_size_per_head")) or hidden // heads,
         max_position_embeddings=_max_length(config),
         is_moe=bool(_first(config, _EXPERTS)),
+        num_heads=heads,
+        num_mtp_layers=_num_mtp_layers(whole, config),
         mla_width=lora_rank + (_first(config, ("qk_rope_head_dim",)) or 0) if lora_rank else 0,
     )
 
@@ -129,6 +137,17 @@ def _first(config: dict[str, Any], names: tuple[str, ...]) -> int | None:
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
     return None
+
+
+def _num_mtp_layers(whole: dict[str, Any], config: dict[str, Any]) -> int:
+    nested = whole.get("mtp_config")
+    for block in (config, nested if isinstance(nested, dict) else {}):
+        if any(name in block for name in _MTP_LAYERS):
+            return _first(block, _MTP_LAYERS) or 0
+    architectures = whole.get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else ""
+    names = (str(whole.get("model_type", "")), str(first).lower())
+    return int(any(name.startswith(_WITH_MTP) for name in names))
 
 
 def _dtype(config: dict[str, Any]) -> str:

@@ -3,12 +3,13 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import yaml
 
 from omni.deployment.errors import DeploymentError
 from omni.deployment.groups import Pool
-from omni.deployment.model import Backend, Platform
+from omni.deployment.model import MASTER_PORT_OFFSET, Backend, Platform
 
 LOOPBACK = "127.0.0.1"
 _FIRST_PORT = 9000
@@ -79,6 +80,7 @@ class NewFile:
         yield f"hosts: {_scalar(','.join(place.hosts))}"
         yield from self._login()
         yield f"base_api_port: {place.base_api_port}"
+        yield from (f"{key}: {port}" for key, port in place.other_ports.items())
         num_devices = len(place.devices) * len(place.hosts)
         if self.platform == "npu":
             yield f'ascend_rt_visible_devices: "{",".join(map(str, place.devices))}"'
@@ -111,6 +113,7 @@ class _Place:
     hosts: tuple[str, ...]
     devices: tuple[int, ...]  # of each of its hosts
     base_api_port: int
+    other_ports: dict[str, int]  # written: those that would follow from it meet others
 
 
 def _place(new: NewFile) -> list[_Place]:
@@ -121,14 +124,27 @@ def _place(new: NewFile) -> list[_Place]:
     if new.devices and new.backend != "local" and max(num_on.values()) > 1:
         text = f"{len(new.hosts)} for {num_groups} groups, and with devices each has hosts of its own"
         raise DeploymentError(f"--hosts: {text}; name at least {num_groups}, or write fewer groups")
-    step = max(_PORT_STEP, len(new.devices))
     num_before: Counter[str] = Counter()
     places = []
     for hosts in hosts_of:
         index = max(num_before[host] for host in hosts)
-        places.append(_Place(hosts, _device_share(new, index, num_on[hosts[0]]), _FIRST_PORT + step * index))
+        devices = _device_share(new, index, num_on[hosts[0]])
+        places.append(_Place(hosts, devices, *_ports(new, index, num_on[hosts[0]])))
         num_before.update(hosts)
     return places
+
+
+def _ports(new: NewFile, index: int, num_sharing: int) -> tuple[int, dict[str, int]]:
+    """base_api_port, and what else has to be written, of the `index`-th of `num_sharing` groups on a host."""
+    step = max(_PORT_STEP, len(new.devices))
+    if step * num_sharing <= MASTER_PORT_OFFSET:
+        return _FIRST_PORT + step * index, {}
+    # So many that the ports which follow from one group's are another's: each group has a block of ports for itself.
+    num_ranks = -(-len(new.devices) // num_sharing) or 1
+    first = _FIRST_PORT + (4 * num_ranks + 1) * index
+    sizes = {"base_kv_port": num_ranks, "base_event_port": 2 * num_ranks, "master_port": 1}
+    starts = accumulate(sizes.values(), initial=first + num_ranks)
+    return first, dict(zip(sizes, starts, strict=False))
 
 
 def share_hosts(hosts: Sequence[str], num_groups: dict[Pool, int]) -> list[tuple[str, ...]]:

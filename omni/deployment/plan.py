@@ -39,9 +39,9 @@ def make_plan(
         problems += [*env_problems(group, services.kv_transfer.connector)]
         if model.is_known:
             problems += [*_length_problems(group, model), *_kv_problems(group, model, dtype)]
-            problems += _step_problems(group, model)
+            problems += [*_head_problems(group, model), *_step_problems(group, model)]
     if model.is_known:
-        problems += switch_problems(services, platform, is_moe=model.is_moe)
+        problems += switch_problems(services, groups, platform, model)
     shares = list(engine_shares(deployment, groups, model, machine, dtype, is_here(deployment, machine, on)))
     commands = [_command(deployment, share, model, dtype) for share in shares]
     for command in commands:
@@ -90,6 +90,13 @@ def _kv_problems(group: GroupSettings, model: ModelInfo, dtype: str) -> Iterator
         )
         mend = f"raise it, delete it, or lower services.{group.role}.max_model_len"
         yield Problem(group.field("kv_cache_gib"), text, mend)
+
+
+def _head_problems(group: GroupSettings, model: ModelInfo) -> Iterator[Problem]:
+    if model.num_heads % group.tensor_parallel_size:
+        text = f"{group.tensor_parallel_size} does not divide the model's {model.num_heads} attention heads"
+        mend = f"write a number that divides {model.num_heads}"
+        yield Problem(group.field("tensor_parallel_size"), text, mend)
 
 
 def _step_problems(group: GroupSettings, model: ModelInfo) -> Iterator[Problem]:

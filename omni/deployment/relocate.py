@@ -3,10 +3,11 @@
 Ray and Kubernetes decide where a group runs. It joins the proxies then: their addresses are given too.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from omni.deployment.errors import ConfigError, DeploymentError, Problem
-from omni.deployment.groups import POOLS, Pool
+from omni.deployment.errors import ConfigError, DeploymentError, Problem, raise_any
+from omni.deployment.groups import POOLS, GroupSettings, Pool, group_settings
 from omni.deployment.model import Deployment, Group
 
 
@@ -34,7 +35,7 @@ class Relocation:
         """The deployment with this group here and every other group elsewhere.
 
         Raises:
-            DeploymentError: there is no such group or node, or the master is not named.
+            DeploymentError: there is no such group or node, the master is not named, or it is not one alone.
         """
         pools = {role: dict(getattr(deployment.deployment, role)) for role in POOLS}
         if self.group not in pools[self.role]:
@@ -44,6 +45,9 @@ class Relocation:
             )
         own = pools[self.role][self.group]
         self._check_node(len(own.hosts))
+        for group in group_settings(deployment):
+            if (group.role, group.name) == (self.role, self.group):
+                raise_any(master_problems(group))
         for groups in pools.values():
             groups.update({name: _at(group, _elsewhere(group)) for name, group in groups.items()})
         hosts = list(_elsewhere(own))
@@ -63,6 +67,13 @@ class Relocation:
             problems.append(Problem("--master", "is missing", "write the address of node 0"))
         if problems:
             raise ConfigError(problems)
+
+
+def master_problems(group: GroupSettings) -> Iterator[Problem]:
+    """A node is told where node 0 is and nothing of the others, so it finds no other rank's first node."""
+    if group.data_parallel_size > 1 and any(len(nodes) > 1 for nodes in group.ranks):
+        text = f"{group.data_parallel_size} ranks, each over several nodes, which are told the first rank's master only"
+        yield Problem(group.field("data_parallel_size"), text, "write 1, and a group for each rank")
 
 
 def _elsewhere(group: Group) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from omni.deployment.memory import GIB
 from omni.deployment.plan_types import LaunchPlan, ProcessPlan
@@ -13,6 +14,8 @@ from omni.deployment.plan_types import LaunchPlan, ProcessPlan
 HIDDEN = "***"
 _DEVICES = "ASCEND_RT_VISIBLE_DEVICES"
 # "key" and "token" as the last word: --tokenizer and --long-prefill-token-threshold hide nothing.
+# In URLs with and without a scheme, up to the last "@": a password may have one.
+_CREDENTIALS = re.compile(r"""(//|(?:^|[\s"'=,;])(?=[^\s"'=,;/@:]*:(?!//)))[^\s"']*@""")
 _SECRET_NAME = re.compile(r"(^|[-_])(api)?(key|token)$|secret|passw|credential", re.IGNORECASE)
 
 
@@ -26,7 +29,8 @@ def plan_table(plan: LaunchPlan) -> Table:
     if not plan.model_is_known:
         caption += "\nthe model is not on this machine: arguments that depend on it are decided on the hosts, too"
     has_devices = any(_DEVICES in process.env for process in plan.processes)
-    table = Table(title=title, caption=caption)
+    # Text, so that rich takes no part of a path or a name for its markup.
+    table = Table(title=Text(title, style="table.title"), caption=Text(caption, style="table.caption"))
     for heading in ("process", "url", "devices" if has_devices else "cores"):
         table.add_column(heading, overflow="fold")
     for heading in ("KV", "memory"):
@@ -36,7 +40,7 @@ def plan_table(plan: LaunchPlan) -> Table:
         cores = ",".join(map(str, process.cpu_cores)) or "any"
         kv = _gib(process.kv_bytes) if process.kv_bytes else "-"
         where = process.env.get(_DEVICES, "") if has_devices else cores
-        table.add_row(process.name, url, where, kv, _gib(process.memory_bytes))
+        table.add_row(Text(process.name), Text(url), Text(where), kv, _gib(process.memory_bytes))
     table.add_section()
     table.add_row("total", f"{len(plan.hosts)} host(s)", "", "", _gib(sum(p.memory_bytes for p in plan.processes)))
     return table
@@ -89,19 +93,24 @@ def _is_secret(name: str) -> bool:
 
 def _env_without_secrets(env: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     for name, value in env.items():
-        yield name, HIDDEN if _is_secret(name) else value
+        yield name, HIDDEN if _is_secret(name) else _without_credentials(value)
 
 
 def _without_secrets(command: tuple[str, ...]) -> Iterator[str]:
-    """Hides what follows a flag such as --api-key, up to the next flag, and what stands behind its "="."""
+    """Hides what follows a flag such as --api-key, up to the next flag, what stands behind its "=", and in URLs."""
     hiding = False
     for part in command:
         if part.startswith("-"):
             flag, equals, _ = part.partition("=")
             hiding = _is_secret(flag)
-            yield f"{flag}={HIDDEN}" if hiding and equals else part
+            yield f"{flag}={HIDDEN}" if hiding and equals else _without_credentials(part)
         else:
-            yield HIDDEN if hiding else part
+            yield HIDDEN if hiding else _without_credentials(part)
+
+
+def _without_credentials(text: str) -> str:
+    """ "http://user:password@proxy:3128" → "http://***@proxy:3128\""""
+    return _CREDENTIALS.sub(rf"\1{HIDDEN}@", text)
 
 
 def _gib(num_bytes: int) -> str:

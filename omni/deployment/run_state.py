@@ -75,6 +75,11 @@ class RunFolder:
     def of(cls, deployment_name: str) -> "RunFolder":
         return cls(state_folder() / deployment_name)
 
+    def make(self) -> None:
+        """It has environments and addresses in it, which are this user's own."""
+        for folder in (self.path.parent, self.path):
+            folder.mkdir(0o700, parents=True, exist_ok=True)
+
     def write_deployment(self, state: DeploymentState) -> None:
         self._write("deployment.json", state)
 
@@ -99,7 +104,7 @@ class RunFolder:
         shutil.rmtree(self.path, ignore_errors=True)
 
     def _write(self, name: str, state: DeploymentState | ProcessState) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.make()
         temporary = self.path / f".{name}.{os.getpid()}"
         temporary.write_bytes(msgspec.json.encode(state))
         temporary.replace(self.path / name)
@@ -130,7 +135,7 @@ def running_deployments() -> Iterator[DeploymentState]:
 @contextmanager
 def one_at_a_time() -> Iterator[None]:
     """For looking whether a deployment runs and taking its place: no other process does so meanwhile."""
-    state_folder().mkdir(parents=True, exist_ok=True)
+    state_folder().mkdir(0o700, parents=True, exist_ok=True)
     with (state_folder() / ".lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -105,11 +105,12 @@ def _copy(deployment: Deployment, role: Pool, present: Engines, taken: set[int])
     if port is None:
         raise MachineError([Problem(f"deployment.{role}.{name}.base_api_port", "no ports above are free", "lower it")])
     taken.update(_ports(port, num_ranks))
-    changes = {
+    changes: dict[str, object] = {
         "base_api_port": port,
         "base_kv_port": None,
         "base_event_port": None,
         "master_port": None,
+        "host_overrides": {},  # they would win with the first one's ports
         "kv_cache_gib": running.kv_bytes / GIB,
     }
     return first.model_copy(update=changes)

@@ -1,9 +1,12 @@
 """YAML as `yaml.safe_load` reads it, except that a repeated key is an error and every key is text.
 
+A number that YAML 1.1 would take for another is text too: 020000 for 8192, 150:00 for 9000.
+
 libyaml reads a large file some ten times as fast as PyYAML's own parser. What it refuses is read again by the latter,
 so that everybody gets the same words.
 """
 
+import re
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +16,8 @@ import yaml
 # Some 50,000 blocks inside one another make libyaml's stack overflow, and the process with it. Each begins with one of
 # four characters, or by indentation, which takes too much text.
 _MOST_NESTED = 5000
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_ANOTHER_NUMBER = re.compile(r"[-+]?0[0-9_]+$|[^:]*:")  # octal, base 60
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,9 @@ def _document(loader: Any) -> Document:
 
 class _Strict(yaml.constructor.SafeConstructor):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        is_number = isinstance(node, yaml.ScalarNode) and node.tag in _NUMBERS
+        if is_number and _ANOTHER_NUMBER.match(node.value):
+            return node.value
         try:
             return super().construct_object(node, deep=deep)
         except ValueError:  # 2026-02-30; the exception's text would quote the value

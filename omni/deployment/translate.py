@@ -35,7 +35,8 @@ def _problem(detail: ErrorDetails) -> Problem:
     field, value, kind = field_path(detail["loc"]), detail["input"], detail["type"]
     if kind == REFUSED:
         what, _, mend = detail["ctx"]["text"].partition("; ")
-        return Problem(field, what if detail["loc"][-1] in _MAY_HOLD_SECRETS else f"{_shown(value)} {what}", mend)
+        is_shown = detail["loc"][-1] not in _MAY_HOLD_SECRETS and not isinstance(value, dict)
+        return Problem(field, f"{_shown(value)} {what}" if is_shown else what, mend)
     if kind == "missing":
         return Problem(field, "is missing", "add it; configs/1p1d.yaml shows a whole file")
     if kind == "extra_forbidden":

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 
 from kv_transfer.connector.settings import CHECKSUMMED_TRANSPORTS
 from omni.deployment.errors import Problem
+from omni.deployment.fields import MAX_PARALLEL_SIZE
 from omni.deployment.groups import GroupSettings, group_settings
-from omni.deployment.model import Access, Deployment, KvTransfer
+from omni.deployment.model import Access, Deployment, KvTransfer, Proxy
 from omni.deployment.ports import port_problems
 
 # The keys of services.kv_transfer that vLLM's own connectors know.
@@ -26,6 +27,8 @@ def cross_field_problems(deployment: Deployment) -> Iterator[Problem]:
         yield from _override_problems(group)
         yield from _device_problems(group)
     yield from _access_problems(deployment, groups)
+    yield from _tls_problems(deployment.deployment.proxy)
+    yield from _length_problems(deployment)
     yield from _shared_device_problems(groups)
     yield from port_problems(deployment)
     yield from _kv_transfer_problems(deployment.services.kv_transfer)
@@ -48,12 +51,31 @@ def _access_problems(deployment: Deployment, groups: list[GroupSettings]) -> Ite
             yield Problem(path, "has both a private_key and a password", "keep one of them")
 
 
+def _tls_problems(proxy: Proxy) -> Iterator[Problem]:
+    if (proxy.tls_certificate_file is None) != (proxy.tls_key_file is None):
+        certificate, key = "tls_certificate_file", "tls_key_file"
+        written, missing = (certificate, key) if proxy.tls_key_file is None else (key, certificate)
+        yield Problem(f"deployment.proxy.{written}", f"stands without {missing}", "write both or none")
+
+
+def _length_problems(deployment: Deployment) -> Iterator[Problem]:
+    """D and mixed groups serve the same requests: with other lengths, chance would decide which are refused."""
+    decode, mixed, field = deployment.services.decode, deployment.services.mixed, "max_model_len"
+    both = deployment.deployment.decode and deployment.deployment.mixed
+    if both and field in mixed.model_fields_set and mixed.max_model_len != decode.max_model_len:
+        text = f"{mixed.max_model_len} is not decode's, which is {decode.max_model_len}"
+        yield Problem(f"services.mixed.{field}", text, "write the same for both")
+
+
 def _device_problems(group: GroupSettings) -> Iterator[Problem]:
+    if (num_workers := group.data_parallel_size * group.num_workers) > MAX_PARALLEL_SIZE:
+        much = f"{num_workers} workers in one group are more than {MAX_PARALLEL_SIZE}"
+        yield Problem(group.size_field, much, "write smaller sizes")
     if (text := group.layout_problem) is not None:
         mend = (
             "change data_parallel_size, tensor_parallel_size or pipeline_parallel_size, or the hosts and their devices"
         )
-        yield Problem(group.field("data_parallel_size"), text, mend)
+        yield Problem(group.size_field, text, mend)
 
 
 def _shared_device_problems(groups: list[GroupSettings]) -> Iterator[Problem]:

@@ -48,17 +48,17 @@ class MixedEngines:
 
     def why(self, call: Call, needs_one_engine: bool) -> str | None:
         """Why a plain engine is to be given the request; None: P and D are, or D alone if it needs one engine."""
-        tried = call.tried
         call.prompt.num_expected = round(call.prompt.max_new_tokens * self._share_made)
         if not self._decode.instances:
             return ALONE
-        if not self.pool.has_up(tried):
+        up, prefill, decode = (_untried(pool, call) for pool in (self.pool, self._prefill, self._decode))
+        if not up:
             return None
-        if not (self._prefill.has_up(tried) and self._decode.has_up(tried)):
+        if not (prefill and decode):
             return OTHERS_DOWN
         if call.body.answer_may_be_kept:  # and what goes on from it is for D
             return None
-        why = self._why_beside(call, needs_one_engine)
+        why = self._why_beside(call, needs_one_engine, up, prefill, decode)
         if why is None:
             self._kept_s = time.monotonic()
         else:
@@ -70,8 +70,14 @@ class MixedEngines:
         if max_new_tokens > 0:
             self._share_made += _WEIGHT * (min(num_new_tokens / max_new_tokens, 1.0) - self._share_made)
 
-    def _why_beside(self, call: Call, needs_one_engine: bool) -> str | None:
-        up, prefill, decode = (_untried(pool, call) for pool in (self.pool, self._prefill, self._decode))
+    def _why_beside(
+        self,
+        call: Call,
+        needs_one_engine: bool,
+        up: list[Instance],
+        prefill: list[Instance],
+        decode: list[Instance],
+    ) -> str | None:
         if not (_knows_all(up) and prefill[0].costs.has_prefill and decode[0].costs.has_decode):
             return EVEN_SHARE if self._has_less_to_do(up, (*prefill, *decode)) else None
         now_s = time.monotonic()

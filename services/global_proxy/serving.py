@@ -99,6 +99,8 @@ class Serving:
                 finally:
                     opened.close()
                 admitted.ended_well(record.chunks or None, call.prompt.max_new_tokens)
+                if record.chunks and not record.continued and parts.legs.mixed_pool.instances:
+                    parts.mixed.saw_answer(record.chunks, call.prompt.max_new_tokens)
                 if record.chunks:
                     parts.gate.give_back(key, call.prompt.max_new_tokens - record.chunks)
             finally:
@@ -183,10 +185,14 @@ class Serving:
         if reason is None and parts.short.applies(call.prompt):
             reason = SHORT_PROMPT
         has_mixed = bool(parts.legs.mixed_pool.instances)
+        if call.body.fields.get("previous_response_id") is not None and parts.legs.decode_pool.instances:
+            has_mixed = False  # a D has the answer that it goes on from: another engine would deny that there is one
         if has_mixed and (why := parts.mixed.why(call, needs_one_engine=reason is not None)) is not None:
             return await parts.mixed.open(call, why)
         try:
             if reason is not None:
+                if reason == SHORT_PROMPT:
+                    parts.short.gave_to_decode()
                 return await parts.legs.decode_alone(call, reason)
             if self._settings.fallback == "decode_only" and not parts.legs.prefill_pool.has_healthy():
                 return await parts.legs.decode_alone(call, NO_PREFILL)
@@ -270,8 +276,6 @@ class Serving:
         if record.tpot_s is None or record.continued:
             return
         self._metrics.tpot_seconds.observe(record.tpot_s)
-        if self._parts.legs.mixed_pool.instances:
-            self._parts.mixed.saw_answer(record.chunks, call.prompt.max_new_tokens)
         if instance.takes_cost(relay.last_s):
             num_requests = (load_before[0] + instance.num_requests) // 2
             num_tokens = (load_before[1] + instance.num_tokens) // 2

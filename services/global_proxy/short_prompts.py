@@ -45,10 +45,11 @@ class ShortPrompts:
         if now_s - self._looked_s >= _LOOK_EVERY_S:
             self._looked_s = now_s
             self._bound = self._find(is_stale=now_s - self._applied_s > _STALE_S)
-        if prompt.num_tokens >= self._bound:
-            return False
-        self._applied_s = now_s
-        return True
+        return prompt.num_tokens < self._bound
+
+    def gave_to_decode(self) -> None:
+        """D gets one of these prompts now: what its costs are will be seen."""
+        self._applied_s = time.monotonic()
 
     def saw_handoff(self, seconds: float) -> None:
         """From P's answer to D's first byte."""

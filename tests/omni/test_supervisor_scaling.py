@@ -90,6 +90,16 @@ def test_an_optional_child_that_never_starts_takes_nobody_with_it(trial: Trial) 
     assert trial.run([trial.child("a", shell(SLEEPS))], steps(), on_request=requests) == 0
 
 
+def test_an_optional_child_that_fails_in_the_same_moment_keeps_nothing_up(trial: Trial) -> None:
+    def ended(output: int) -> int:
+        pid = shell("exit 3")(output)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        return pid
+
+    children = [trial.child("a", ended, final_codes=(3,)), trial.child("b", ended, final_codes=(3,), is_optional=True)]
+    assert trial.run(children) == 1
+
+
 def test_stopped_with_a_child_that_is_leaving(trial: Trial) -> None:
     requests = Requests()
 

@@ -87,16 +87,31 @@ def test_which_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = put(content(prefill=2), "services/prefill/data_parallel_size", 2)
     put(data, "deployment/prefill/group2/hosts", "127.0.0.1,127.0.0.2")
     file.write_text(yaml.safe_dump(data | {"backend": "ansible"}))
+    assert engines(None, file, "--on", "127.0.0.2") == ["prefill.group2.rank1"]
+    node = ("--listen", "127.0.0.1", "--node", "1", "--master", "192.0.2.1", "--join", "proxy:7001")
+    assert engines("prefill", file, "--group", "group2", *node) == ["prefill.group2.rank1"]
+    with pytest.raises(DeploymentError, match="--on HOST: is needed with backend ansible"):
+        engines(None, file)
+    with pytest.raises(DeploymentError, match="--listen ADDRESS: is needed with backend ansible"):
+        engines("prefill", file, "--group", "group2")
+    with pytest.raises(DeploymentError, match="--master: goes with --listen ADDRESS"):
+        engines("prefill", file, "--group", "group2", "--master", "192.0.2.1")
+    put(data, "deployment/prefill/group2/hosts", "127.0.0.1")
+    file.write_text(yaml.safe_dump(data))
     assert engines(None, file) == [
         *("prefill.group1.rank0", "prefill.group1.rank1", "prefill.group2.rank0", "prefill.group2.rank1"),
         "decode.group1.rank0",
     ]
-    assert engines(None, file, "--on", "127.0.0.2") == ["prefill.group2.rank1"]
     assert engines("prefill", file, "--group", "group2") == ["prefill.group2.rank0", "prefill.group2.rank1"]
-    node = ("--listen", "127.0.0.1", "--node", "1", "--master", "192.0.2.1", "--join", "proxy:7001")
-    assert engines("prefill", file, "--group", "group2", *node) == ["prefill.group2.rank1"]
     with pytest.raises(DeploymentError, match=r"--group: there is no decode group 'group2'"):
         engines("decode", file, "--group", "group2")
+
+
+@pytest.mark.parametrize(("option", "text"), [("--base-api-port", "99999"), ("--join", "nonsense"), ("--join", ":1")])
+def test_options_that_are_refused(option: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        engine_host._parser("decode").parse_args(["--config", "x", "--group", "group1", option, text])
+    assert repr(text) in capsys.readouterr().err
 
 
 def test_the_network_of_the_file_s_address_is_used(monkeypatch: pytest.MonkeyPatch) -> None:

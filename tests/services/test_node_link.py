@@ -4,6 +4,7 @@ import logging
 import queue
 import socket
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -94,6 +95,24 @@ def _first_bytes(stranger: socket.socket) -> bytes:
         return stranger.recv(NONCE_BYTES)
     except ConnectionResetError:
         return b""
+
+
+def test_a_stranger_that_sends_a_byte_now_and_then_is_dropped(
+    first: FirstNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.node_link._GREETING_S", 0.3)
+    with socket.create_connection(("127.0.0.1", first.port), timeout=DEADLINE_S) as stranger:
+        stranger.recv(NONCE_BYTES)
+        assert any(not _sends_a_byte(stranger) for _ in range(30))  # fewer than a whole greeting has
+
+
+def _sends_a_byte(stranger: socket.socket) -> bool:
+    time.sleep(0.1)  # within what one byte may take
+    try:
+        stranger.sendall(b"x")
+    except OSError:
+        return False
+    return True
 
 
 def test_a_node_with_another_key_is_told_so(

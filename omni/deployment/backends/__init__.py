@@ -1,10 +1,11 @@
 """Ways to run a launch plan. `local` runs it on this machine; the others, each a package, start it elsewhere."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Protocol, cast
 
+from omni.deployment.errors import Problem
 from omni.deployment.groups import Pool
 from omni.deployment.plan_types import LaunchPlan
 from omni.deployment.run_state import DeploymentState, ProcessState
@@ -17,6 +18,10 @@ class RemoteBackend(Protocol):
 
     Each method raises DeploymentError for what the user can mend; its text says how.
     """
+
+    def problems(self, plan: LaunchPlan) -> Iterable[Problem]:
+        """What this backend cannot do of the plan; found without asking any host."""
+        ...
 
     def render(self, plan: LaunchPlan, folder: Path) -> tuple[Path, ...]:
         """Write into `folder` what `serve` would run; returns the files. Starts nothing, asks no host."""

@@ -114,7 +114,10 @@ class Continuer:
 
     async def _text(self, call: Call, token_ids: list[int]) -> str | None:
         prompt, tried = call.prompt, call.tried
-        instance = self._decode.choose(prompt, tried) or self._mixed.choose(prompt, tried)
+        first, second = self._decode, self._mixed
+        if not first.has_up(tried):  # what is left of it may be a last resort
+            first, second = second, first
+        instance = first.choose(prompt, tried) or second.choose(prompt, tried)
         if instance is None:
             return None
         fields = {"model": call.body.sent.get("model"), "tokens": token_ids}

@@ -17,7 +17,9 @@ from typer.testing import CliRunner, Result
 
 from kv_transfer.auth import load_or_make_key
 from omni.cli import curl as command
+from omni.cli import scale
 from omni.cli.proxy_access import ProxyAccess
+from omni.deployment.errors import DeploymentError
 from omni.deployment.run_state import DeploymentState, RunFolder
 from omni.process import start_ticks
 from tests.omni.deployment.samples import content, put
@@ -145,6 +147,15 @@ async def test_every_command_pasted(deployment: DeploymentState, tmp_path: Path)
     assert "omni_" in answers["metrics"]
     assert {i["role"] for i in json.loads(answers["admin state"])["instances"]} == {"prefill", "decode"}
     assert (await pasted(commands["admin token"])).strip() == curl("--admin-token").stdout.strip()
+
+
+async def test_the_other_commands_trust_its_certificate(deployment: DeploymentState, tmp_path: Path) -> None:
+    """It is nobody's but its own. `scale` has its client of the deployment, and `status` and `restart` have."""
+    for client in (ProxyAccess.of(deployment).admin_client(), scale._client(deployment.name, None, None)):
+        assert {one["role"] for one in await asyncio.to_thread(client.instances)} == {"prefill", "decode"}
+    (tmp_path / "tls.pem").write_text("none")
+    with pytest.raises(DeploymentError, match=r"the proxy's certificate .*/tls\.pem: "):
+        ProxyAccess.of(deployment).admin_client()
 
 
 class TestText:

@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -27,9 +28,9 @@ def plan(tmp_path: Path) -> LaunchPlan:
     return plan_of(tmp_path)
 
 
-def start(plan: LaunchPlan) -> str:
+def start(plan: LaunchPlan, **options: Any) -> str:
     output = io.StringIO()
-    detached.start(plan, Console(file=output, width=200))
+    detached.start(plan, Console(file=output, width=200), **options)
     return output.getvalue()
 
 
@@ -90,9 +91,8 @@ def test_one_that_runs_already(plan: LaunchPlan) -> None:
 
 def test_not_ready_in_time(plan: LaunchPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_launcher(tmp_path, monkeypatch, "exec sleep 1000")
-    monkeypatch.setattr(detached, "_READY_TIMEOUT_S", 0.2)
-    with pytest.raises(DeploymentError, match=r"trial was not ready after 0 s; see .*/logs"):
-        start(plan)
+    with pytest.raises(DeploymentError, match=r"trial was not ready after 0.2 s, and is stopped .*; see .*/logs"):
+        start(plan, timeout_s=0.2)
     assert not psutil.pid_exists(pid_in(tmp_path))
 
 

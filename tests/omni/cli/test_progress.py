@@ -32,9 +32,9 @@ def test_a_bar_for_each_process_on_a_terminal(tmp_path: Path) -> None:
     output = io.StringIO()
     folder = RunFolder(tmp_path / "run")
     with StartProgress(folder, ("a", "b"), Console(file=output, force_terminal=True, width=120)) as progress:
-        folder.write(ProcessState(name="a", stage="loading weights", progress=0.5))
+        folder.write(ProcessState(name="a", stage="loading [/weights]", progress=0.5))
         assert progress.update()
-        assert "loading weights" in output.getvalue()
+        assert "loading [/weights]" in output.getvalue()
         assert "importing vLLM" in output.getvalue(), "what b does before it is forked"
         folder.write(ProcessState(name="b", state="restarting", message="exited with code 1"))
         assert progress.update()

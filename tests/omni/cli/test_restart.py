@@ -190,9 +190,12 @@ def test_what_is_restarted_together(tmp_path: Path) -> None:
     assert units_of([names[2]], (prefill, *coupled)) == [
         Unit(role="decode", names=(names[1], names[2]), instances=("127.0.0.1:9500", "127.0.0.1:9501"))
     ]
-    node = replace(decode, name="decode.group1.rank0.node1", node_rank=1, port=0)
+    node = replace(decode, name="decode.group1.rank0.node1", node_rank=1, port=0, leader_url=decode.url)
     assert units_of([node.name], (decode, node, other)) == [
         Unit(role="decode", names=(names[1], node.name), instances=("127.0.0.1:9500",))
+    ]
+    assert units_of([node.name], (node,)) == [  # the first node is on another host
+        Unit(role="decode", names=(node.name,), instances=("127.0.0.1:9500",))
     ]
     assert [unit.names for unit in units_of(names, (prefill, *coupled))] == [(names[0],), (names[1], names[2])]
     assert units_of(["prefill.group9.rank0"], ()) == [

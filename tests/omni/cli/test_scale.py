@@ -252,6 +252,8 @@ def test_the_file_of_engines_comes_back_as_it_was(tmp_path: Path) -> None:
     engines = plan_of(tmp_path).processes[:-1]
     write_engines(folder, engines)
     assert read_engines(folder) == engines
+    modes = [path.stat().st_mode & 0o777 for path in (folder.path, folder.path / "engines.json")]
+    assert modes == [0o700, 0o600], "others read no token of an environment"
     (folder.path / "engines.json").write_text(json.dumps([{"name": "of another version"}]))
     assert read_engines(folder) is None
 

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
+from omni.cli import detached
 from omni.cli import main as cli
 from omni.cli import serve as commands
 from omni.deployment import load
@@ -36,6 +37,18 @@ def test_a_folder_that_cannot_be_written_is_one_message(
         assert done.exit_code == 2, done.output
         assert str(state_dir) in done.stderr
         assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize(("options", "timeout_s"), [((), 3600.0), (("--start-timeout-s", "7200"), 7200.0)], ids=str)
+def test_how_long_detach_waits(
+    options: tuple[str, ...], timeout_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(commands, "load_plan", lambda config: plan_of(tmp_path))
+    monkeypatch.setattr(commands, "check_machine", lambda plan: None)
+    monkeypatch.setattr(detached, "start", lambda *_, timeout_s, **__: waited.append(timeout_s))
+    assert omni_cli("serve", "--detach", *options, "x.yaml").exit_code == 0
+    assert waited == [timeout_s]
 
 
 def test_stop_waits_for_the_launcher(tmp_path: Path) -> None:
@@ -74,6 +87,15 @@ class TestHere:
         assert done.exit_code == 0, done.output
         assert "proxy ready after 0." in done.stdout
         assert "ready: smollm2 (bfloat16) at http://127.0.0.1:7000; Ctrl-C stops" in done.stdout
+
+    def test_brackets_in_names_are_shown(
+        self, serve: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        plan = replace(plan_of(tmp_path), served_model_name="m[/b][q4]:x:")
+        monkeypatch.setattr(commands, "load_plan", lambda config: plan)
+        done = serve()
+        assert done.exit_code == 0, done.output
+        assert "ready: m[/b][q4]:x: (bfloat16)" in done.stdout
 
     def test_quiet(self, serve: Callable[..., Result]) -> None:
         assert serve("--quiet").output == ""
@@ -200,6 +222,7 @@ def test_another_backend_s_life(two_hosts: Path, elsewhere: Elsewhere, tmp_path:
     assert (tmp_path / "kept" / "decode.group1.rank0.log").is_file()
     assert "no log; there are ['decode.group1.rank0'" in omni_cli("logs", "nobody").stderr
     assert "--follow: " in omni_cli("logs", "-f").stderr
+    assert omni_cli("logs", "-n", "-1").exit_code == 2
     assert omni_cli("scale", "decode=2").exit_code == 0
     assert omni_cli("stop").stdout == "pair stopped\n"
     assert RunFolder.of("pair").deployment() is None
@@ -220,9 +243,9 @@ def test_what_a_backend_refuses_names_the_line(
 
 
 def test_render(two_hosts: Path, elsewhere: Elsewhere) -> None:
-    done = omni_cli("render", str(two_hosts), "--output", "folder")
+    done = omni_cli("render", str(two_hosts), "--output", "fol[/d]er")
     assert done.exit_code == 0, done.output
-    assert done.stdout.startswith("folder/one.yaml\n1 files for 3 processes, ")
+    assert done.stdout.startswith("fol[/d]er/one.yaml\n1 files for 3 processes, ")
     assert (
         "--backend: 'slurm' is not known" in omni_cli("render", str(two_hosts), "-o", "x", "--backend", "slurm").stderr
     )

@@ -60,6 +60,16 @@ def test_a_completion_that_fails(tmp_path: Path) -> None:
     assert "Cannot connect" in json.loads(as_json.stdout)["completion"]["problem"]
 
 
+def test_brackets_in_names_are_shown(tmp_path: Path) -> None:
+    plan = replace(plan_of(tmp_path, proxy_port=1), served_model_name="m[/b][q4]")
+    states = {"d": ProcessState(name="decode.group1.rank0", stage="[/loading]", pid=os.getpid())}
+    with running(plan, states=states):
+        done = omni_cli("--no-completion")
+    assert done.exit_code == 1, done.output
+    assert "serves m[/b][q4]" in done.stdout
+    assert "[/loading]" in done.stdout
+
+
 def test_not_ready(tmp_path: Path) -> None:
     """One has not begun, one is starting, one ended with its supervisor, which could not write it."""
     plan = plan_of(tmp_path, proxy_port=1)

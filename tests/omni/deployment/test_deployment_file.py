@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from omni.deployment.deployment_file import load_deployment
 from omni.deployment.errors import ConfigError, DeploymentError
@@ -56,6 +57,7 @@ def test_group_names_of_both_styles(tmp_path: Path) -> None:
 
 
 PORT = "is not a port number; write a number from 1024 to 65535"
+SIZE = "is not a number from 1 to 4096; write a whole number such as 1"
 COUNT = "is not a number of at least 1; write a whole number such as 1"
 CONNECTIONS = "is not a number of connections; write a whole number from 1 to 16"
 CONTROL_PORT = "is not a port number; write a number from 1024 to 65535, 0 for none, or delete the line"
@@ -81,8 +83,11 @@ BLOCK = 'is not a block of NAME: text lines; write lines such as OMP_PROC_BIND: 
         ("deployment/proxy/control_port", -1, f"-1 {CONTROL_PORT}"),
         ("deployment/proxy/control_port", False, f"False {CONTROL_PORT}"),
         ("services/decode/max_model_len", 0, f"0 {COUNT}"),
-        ("services/prefill/data_parallel_size", "two", f"'two' {COUNT}"),
-        (f"{P1}/tensor_parallel_size", -1, f"-1 {COUNT}"),
+        ("services/prefill/data_parallel_size", "two", f"'two' {SIZE}"),
+        (f"{P1}/tensor_parallel_size", -1, f"-1 {SIZE}"),
+        (f"{P1}/data_parallel_size", 4097, f"4097 {SIZE}"),
+        ("services/decode/pipeline_parallel_size", 10**9, f"1000000000 {SIZE}"),
+        ("deployment/proxy/workers", 4097, f"4097 {SIZE}"),
         ("services/kv_transfer/lease_s", 0, f"0 {POSITIVE}"),
         ("services/kv_transfer/lease_s", ".nan", f"'.nan' {POSITIVE}"),
         ("services/kv_transfer/lease_s", float("nan"), f"nan {POSITIVE}"),
@@ -127,7 +132,7 @@ BLOCK = 'is not a block of NAME: text lines; write lines such as OMP_PROC_BIND: 
         (f"{P1}/base_kv_port", 80, f"80 {PORT}"),
         (f"{P1}/host 127.0.0.1/base_kv_port", "x", f"'x' {PORT}"),
         ("services/kv_transfer/key", "x", "is not a known key; known here: connector, transport"),
-        ("deployment/prefill", {}, "a block of keys holds no group; write at least one"),
+        ("deployment/prefill", {}, "holds no group; write at least one"),
         ("deployment/decode/d0x", {}, "'d0x' is not a group name; write group1, group2"),
         (P1, "127.0.0.1:9000", "is not a block of keys; write its keys on the following lines, indented"),
         ("services", ["a"], "is not a block of keys; write its keys on the following lines, indented"),
@@ -219,4 +224,26 @@ def test_a_file_name_that_cannot_be_a_deployment_name(tmp_path: Path) -> None:
     file = tmp_path / "my file.yaml"
     file.write_text("deployment: {}\n")
     with pytest.raises(ConfigError, match=r"my file\.yaml: name: 'my file' is not a deployment name; write `name:`"):
+        load_deployment(file)
+
+
+@pytest.mark.parametrize(
+    "address", ["10.0.0.2", "10.0.0.2:", "10.0.0.256:7001", ":7001", "h:0", "h:65536", "h:x", 7001]
+)
+def test_other_proxies_have_a_host_and_a_port(tmp_path: Path, address: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        loaded(tmp_path, put(content(), "deployment/proxy/other_control_addresses", ["proxy-2.example:80", address]))
+    assert lines(caught.value) == [
+        f"deployment.proxy.other_control_addresses.1: {address!r} is not HOST:PORT; "
+        "write an IPv4 address or host name and a port, such as 10.0.0.2:7001"
+    ]
+
+
+def test_numbers_that_look_octal_are_decimal(tmp_path: Path) -> None:
+    file = tmp_path / "trial.yaml"
+    text = yaml.safe_dump(content())
+    file.write_text(text.replace("9000", "020000"))
+    assert load_deployment(file).deployment.prefill["group1"].base_api_port == 20000
+    file.write_text(text.replace("9000", "150:00"))
+    with pytest.raises(ConfigError, match="base_api_port: '150:00' is not a port number"):
         load_deployment(file)

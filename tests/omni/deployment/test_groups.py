@@ -64,3 +64,21 @@ def test_uneven_ranks(tmp_path: Path) -> None:
     data["deployment"]["decode"]["group1"]["base_api_port"] = 9500
     *_, decode = group_settings(loaded(tmp_path, data))
     assert [decode.ranks_on_host(host) for host in decode.hosts] == [3, 2, 2]
+
+
+def test_default_ranks_have_their_devices_on_one_host(tmp_path: Path) -> None:
+    group = {"hosts": "h1,h2", "base_api_port": 9500, "ascend_rt_visible_devices": "0,1,2", "tensor_parallel_size": 2}
+    *_, decode = group_settings(loaded(tmp_path, put(content(), "deployment/decode/group1", group)))
+    assert (decode.data_parallel_size, decode.layout_problem) == (2, None)
+    large = group | {"tensor_parallel_size": 6, "hosts": "h1,h2,h3,h4"}
+    *_, decode = group_settings(loaded(tmp_path, put(content(), "deployment/decode/group1", large)))
+    assert (decode.data_parallel_size, decode.layout_problem) == (2, None)
+
+
+def test_mixed_groups_take_what_d_beside_them_takes(tmp_path: Path) -> None:
+    data = put(content(), "deployment/mixed/m1", {"base_api_port": 9900})
+    assert [group.max_model_len for group in group_settings(loaded(tmp_path, data))] == [32000, 16384, 16384]
+    put(data, "services/decode/max_model_len", 2048)
+    assert [group.max_model_len for group in group_settings(loaded(tmp_path, data))] == [32000, 2048, 2048]
+    del data["deployment"]["prefill"], data["deployment"]["decode"]
+    assert [group.max_model_len for group in group_settings(loaded(tmp_path, data))] == [32000]

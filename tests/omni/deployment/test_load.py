@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from omni.deployment import embedded_model
+from omni.deployment.deployment_file import load_deployment
 from omni.deployment.errors import ConfigError
 from omni.deployment.load import load_plan
 
@@ -126,7 +127,7 @@ def test_with_backend_local_it_is_for_other_machines(tmp_path: Path) -> None:
     ("on", "words"),
     [
         ("192.0.2.9", "--on: 192.0.2.9 is no host of the deployment file; write one of 192.0.2.1, 192.0.2.2,"),
-        ("192.0.2.6", "--on: 192.0.2.6 is not this machine; run it there"),
+        ("192.0.2.6", "--on or --listen: 192.0.2.6 is not this machine; run it there"),
     ],
 )
 def test_the_own_host_must_be_of_the_file_and_here(on: str, words: str) -> None:
@@ -137,6 +138,12 @@ def test_the_own_host_must_be_of_the_file_and_here(on: str, words: str) -> None:
 
 def test_another_backend_than_the_file_s(tmp_path: Path) -> None:
     assert load_plan(FIELD_FILE, machine(), backend="kubernetes").deployment.backend == "kubernetes"
+    both = tmp_path / "both.yml"
+    data = put(content(2), "deployment/prefill/group2/base_api_port", 9000)
+    both.write_text(yaml.safe_dump(data | {"backend": "ray"}))
+    load_deployment(both)  # groups of a cluster have addresses of their own
+    with pytest.raises(ConfigError, match=r"port 9000 on 127\.0\.0\.1 overlaps"):
+        load_plan(both, machine(), backend="ansible")
     with pytest.raises(ConfigError, match="--backend: 'slurm' is not known; write local, ansible, ray, kubernetes"):
         load_plan(FIELD_FILE, machine(), backend="slurm")
 

@@ -176,12 +176,12 @@ def test_mixed_groups_take_all_devices(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("pools", "words"),
     [
-        ({"prefill": {"p1": {"base_api_port": 9000}}}, "deployment: a block of keys has no decode group; add decode:"),
-        ({"decode": {"d1": {"base_api_port": 9000}}}, "deployment: a block of keys has no prefill group; add prefill:"),
-        ({}, "deployment: a block of keys has no groups of engines; add prefill: and decode:, or mixed:"),
+        ({"prefill": {"p1": {"base_api_port": 9000}}}, "deployment: has no decode group; add decode:"),
+        ({"decode": {"d1": {"base_api_port": 9000}}}, "deployment: has no prefill group; add prefill:"),
+        ({}, "deployment: has no groups of engines; add prefill: and decode:, or mixed:"),
         (
             {"mixed": {"m1": {"base_api_port": 9000}}, "c0": {}, "proxy": {}},
-            "deployment: a block of keys names the proxy twice; keep one of proxy and c0",
+            "deployment: names the proxy twice; keep one of proxy and c0",
         ),
         ({"mixed": {"d1": {"base_api_port": 9000}}}, "deployment.mixed.d1: 'd1' is not a group name"),
     ],
@@ -203,3 +203,10 @@ def test_http_proxy_reaches_every_process_but_not_the_deployment_s_own_hosts(tmp
     for process in plan.processes:
         assert process.env["https_proxy"] == process.env["HTTPS_PROXY"] == "http://10.1.1.1:3128"
         assert process.env["no_proxy"] == "localhost,127.0.0.1"
+
+
+def test_a_host_s_own_address_is_the_plan_s_where_there_are_several(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        planned(tmp_path, put(spanning(), "deployment/prefill/group1/env", {"VLLM_HOST_IP": "10.0.0.1"}))
+    assert lines(caught.value) == ["deployment.prefill.group1.env.VLLM_HOST_IP: is set by the plan; delete it"]
+    planned(tmp_path, put(content(), "deployment/prefill/group1/env", {"VLLM_HOST_IP": "127.0.0.1"}))

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,3 +102,26 @@ def test_what_is_missing(tmp_path: Path) -> None:
     (folder / "config.json").unlink()
     (folder / "config.json").mkdir()
     assert "config.json cannot be read (Is a directory); make it a file you may read" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "number"),
+    [
+        ({}, 0),
+        ({"num_nextn_predict_layers": 1}, 1),
+        ({"text_config": {"mtp_num_hidden_layers": 2}}, 2),
+        ({"num_mtp_modules": 3}, 3),
+        ({"mtp_config": {"num_nextn_predict_layers": 8}}, 8),
+        # vLLM takes one for granted.
+        ({"model_type": "longcat_flash"}, 1),
+        ({"model_type": "longcat_flash", "num_nextn_predict_layers": 0}, 0),
+        ({"architectures": ["MiMoV2FlashForCausalLM"]}, 1),
+        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, 0),
+    ],
+)
+def test_layers_for_multi_token_prediction(tmp_path: Path, config: dict[str, Any], number: int) -> None:
+    assert read_model_info(model_folder(tmp_path, **config)).num_mtp_layers == number
+
+
+def test_attention_heads(tmp_path: Path) -> None:
+    assert read_model_info(model_folder(tmp_path)).num_heads == 8

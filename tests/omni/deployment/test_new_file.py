@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from omni.deployment.deployment_file import load_deployment
 from omni.deployment.errors import DeploymentError
@@ -12,7 +13,7 @@ from omni.deployment.groups import group_settings
 from omni.deployment.model import Deployment
 from omni.deployment.new_file import NewFile, share_hosts
 from omni.deployment.plan import make_plan
-from tests.omni.deployment.samples import machine, model
+from tests.omni.deployment.samples import loaded, machine, model, put
 
 HOSTS = tuple(f"10.0.0.{i}" for i in range(1, 9))
 
@@ -94,6 +95,24 @@ def test_every_kind_can_be_planned(changes: dict[str, Any], num_processes: int, 
 
 def test_many_groups_on_one_machine(tmp_path: Path) -> None:
     assert len(planned(new_file(6, 4, 2), tmp_path)) == 13
+
+
+@pytest.mark.parametrize(
+    "new",
+    [
+        new_file(60, 41),
+        new_file(300, 300, 300),
+        new_file(30, 20, platform="npu", devices=tuple(range(70))),
+        new_file(1, 1, platform="npu", devices=tuple(range(1024))),
+    ],
+    ids=["101", "900", "50 with devices", "of 512 ranks"],
+)
+def test_no_two_of_many_groups_share_a_port(new: NewFile, tmp_path: Path) -> None:
+    data = yaml.safe_load(new.text())
+    put(data, "services/kv_transfer", {"mode": "layerwise"})
+    put(data, "services/prefill", {"kv_events": True})  # with all ports that there are
+    deployment = loaded(tmp_path, data)  # which refuses that
+    assert sum(1 for _ in group_settings(deployment)) == sum(new.num_groups.values())
 
 
 def test_groups_of_many_ranks_on_one_machine(tmp_path: Path) -> None:

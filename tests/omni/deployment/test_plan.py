@@ -335,6 +335,11 @@ def test_arguments_that_the_plan_sets(tmp_path: Path, argument: str, rest: str) 
             "services.decode.env.VLLM_DP_SIZE: is set by the plan; delete it",
         ),
         (
+            "services/decode/env",
+            {"OMNI_STATE_DIR": "/tmp/x"},  # noqa: S108
+            "services.decode.env.OMNI_STATE_DIR: is set by the plan; delete it",
+        ),
+        (
             "deployment/decode/group1/env",
             {"VLLM_CPU_KVCACHE_SPACE": 3},
             "deployment.decode.group1.env.VLLM_CPU_KVCACHE_SPACE: is set by the plan; delete it",
@@ -401,3 +406,14 @@ def test_any_number_of_groups(tmp_path: Path, prefill: int, decode: int, dp: int
 
 def test_the_plan_is_pure(tmp_path: Path) -> None:
     assert dataclasses.asdict(planned(tmp_path, content(3, 2))) == dataclasses.asdict(planned(tmp_path, content(3, 2)))
+
+
+def test_tensor_parallel_ranks_have_equally_many_heads(tmp_path: Path) -> None:
+    data = put(put(content(), "services/decode/tensor_parallel_size", 3), "services/prefill/tensor_parallel_size", 2)
+    with pytest.raises(ConfigError) as caught:
+        planned(tmp_path, data, of=model(num_heads=9))
+    assert lines(caught.value) == [
+        "services.prefill.tensor_parallel_size: 2 does not divide the model's 9 attention heads; "
+        "write a number that divides 9"
+    ]
+    planned(tmp_path, data, of=model(num_heads=6))

@@ -118,7 +118,7 @@ def test_a_group_without_a_layout_claims_its_ports_all_the_same(tmp_path: Path) 
     with pytest.raises(ConfigError) as caught:
         loaded(tmp_path, put(data, f"{D1}/base_api_port", 9000))
     assert [problem.field for problem in caught.value.problems] == [
-        "services.prefill.data_parallel_size",
+        "deployment.prefill.group1.tensor_parallel_size",
         "deployment.decode.group1.base_api_port",
         "deployment.decode.group1.master_port",
     ]

@@ -83,3 +83,13 @@ def test_a_further_node_without_a_master(tmp_path: Path) -> None:
     relocation = Relocation(role="prefill", group="group2", listen="198.51.100.7", node=1)
     with pytest.raises(DeploymentError, match="--master: is missing; write the address of node 0"):
         planned_at(tmp_path, relocation, hosts="10.0.0.1,10.0.0.2", tensor_parallel_size=2)
+
+
+@pytest.mark.usefixtures("model_folder")
+@pytest.mark.parametrize("node", [0, 1])
+def test_ranks_that_each_span_nodes(tmp_path: Path, node: int) -> None:
+    """Node 2 is the second rank's master, and nobody knows where it is."""
+    relocation = Relocation(role="prefill", group="group2", listen="198.51.100.7", node=node, master="192.0.2.1")
+    sizes = {"tensor_parallel_size": 2, "data_parallel_size": 2}
+    with pytest.raises(DeploymentError, match=r"prefill\.group2\.data_parallel_size: 2 ranks, .* write 1, and a group"):
+        planned_at(tmp_path, relocation, hosts="10.0.0.1,10.0.0.2,10.0.0.3,10.0.0.4", **sizes)

@@ -1,8 +1,10 @@
 """Plans for people and for programs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from kv_transfer.auth import load_or_make_key
@@ -77,3 +79,36 @@ def test_secrets_show_nowhere(tmp_path: Path) -> None:
     assert shown["processes"][0]["env"]["TOKENIZERS"] == "ok"
     assert shown["processes"][0]["command"][-4:] == ["--max-num-batched-tokens", "99", "--tokenizer", "t"]
     assert "hunter2" in plan.processes[0].command, "the plan itself still has it"
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("http://u:hunter2@proxy:3128/x", "http://***@proxy:3128/x"),
+        ("u:hunter2@proxy:3128", "***@proxy:3128"),
+        ("http://u:hunter2/hunter2@hunter2@proxy", "http://***@proxy"),
+        ("https://hunter2@proxy", "https://***@proxy"),
+        ('{"a": "u:hunter2@proxy", "b": "http://:hunter2@proxy"}', '{"a": "***@proxy", "b": "http://***@proxy"}'),
+        ("http://proxy:3128", "http://proxy:3128"),
+        ("me@example.com", "me@example.com"),
+        ("/models/a:b@c", "/models/a:b@c"),
+    ],
+)
+def test_credentials_in_urls_show_nowhere(url: str, expected: str, tmp_path: Path) -> None:
+    data = put(content(), "services/prefill/env", {"WHERE": url})
+    put(data, "services/prefill/extra_args", ["--where", url, f"--where={url}"])
+    plan = planned(tmp_path, data)
+    (shown, *_) = plan_as_dict(plan)["processes"]
+    assert shown["env"]["WHERE"] == expected
+    assert shown["command"][-3:] == ["--where", expected, f"--where={expected}"]
+    assert "hunter2" not in shown_command(plan.processes[0])
+
+
+def test_the_table_shows_brackets(tmp_path: Path) -> None:
+    plan = planned(tmp_path, content())
+    plan = replace(plan, served_model_name="m[/b][q4]", model_path=Path("/models/[/red]:x:"))
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(plan_table(plan))
+    assert "trial: m[/b][q4] in" in capture.get()
+    assert "/models/[/red]:x:" in capture.get()

@@ -50,6 +50,7 @@ def test_written_and_read(folder: Path) -> None:
     run_folder.write_deployment(deployment())
     assert run_folder.processes() == states
     assert run_folder.deployment() == deployment()
+    assert [path.stat().st_mode & 0o777 for path in (folder, folder / "demo")] == [0o700, 0o700]
     assert [path.name for path in (folder / "demo").iterdir() if path.name.startswith(".")] == []
     run_folder.remove()
     run_folder.remove()

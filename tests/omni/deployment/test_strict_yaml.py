@@ -27,6 +27,9 @@ def read(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cal
         ("", None),
         ("# nothing\n", None),
         ("a: 1\nb: [x, '2', 3.5, true, null]\n", {"a": 1, "b": ["x", "2", 3.5, True, None]}),
+        ("[020000, 0_1, -010, '0']", ["020000", "0_1", "-010", "0"]),  # octal in YAML 1.1
+        ("[150:00, 1:30.5, 10:20:30]", ["150:00", "1:30.5", "10:20:30"]),  # base 60
+        ("[0, -0, 00.5, 0x1F, 1.0e+2, 09]", [0, 0, 0.5, 31, 100.0, "09"]),
         ("2: a\ntrue: b\n", {"2": "a", "True": "b"}),
         ("a: &x {b: 1, c: 2}\nd:\n  <<: *x\n  c: 3\n", {"a": {"b": 1, "c": 2}, "d": {"b": 1, "c": 3}}),
         ("\ufeffa: ü\n", {"a": "ü"}),

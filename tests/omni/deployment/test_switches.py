@@ -15,7 +15,8 @@ from .samples import content, lines, model, planned, put
 def engines(folder: Path, platform: str, *, is_moe: bool = False, **switches: Any) -> dict[str, ProcessPlan]:
     data = put(content(), "deployment/mixed/group1", {"base_api_port": 9900})
     data["services"] |= switches
-    plan = planned(folder, put(data, "platform", platform), of=model(is_moe=is_moe))
+    of = model(is_moe=is_moe, num_mtp_layers=1)
+    plan = planned(folder, put(data, "platform", platform), of=of)
     return {process.role: process for process in plan.engines}
 
 
@@ -56,7 +57,11 @@ def test_expert_placement_is_for_decode(tmp_path: Path) -> None:
         "num_redundant_experts": 16,
         "omni_placement_config_path": "/pattern",
     }
-    cuda = engines(tmp_path, "cuda", is_moe=True, expert_placement=True)
+    two = {"tensor_parallel_size": 2}
+    cuda = engines(tmp_path, "cuda", is_moe=True, expert_placement=True, decode=two, mixed={"data_parallel_size": 2})
+    for role in ("decode", "mixed"):  # the latter's ranks run in step
+        assert cuda[role].command.count("--enable-expert-parallel") == 1, "vLLM wants it with --enable-eplb"
+    assert "--enable-expert-parallel" not in cuda["prefill"].command
     assert "--enable-eplb" in cuda["decode"].command
     assert "--enable-eplb" not in cuda["prefill"].command
     assert given(cuda["decode"], "--eplb-config") == {"num_redundant_experts": 0}
@@ -71,6 +76,14 @@ def test_no_expert_placement(tmp_path: Path) -> None:
     [
         ("npu", False, True, "services.expert_placement: the model has no experts to place; delete it"),
         ("cpu", True, True, "services.expert_placement: vLLM cannot place experts on a CPU"),
+        (
+            "cuda",
+            True,
+            True,
+            "services.decode.tensor_parallel_size: 1, and data_parallel_size 1: there is nothing to place experts on; "
+            "write 2 or more in one of them, or delete services.expert_placement",
+        ),
+        ("cuda", True, True, "services.mixed.tensor_parallel_size: 1, and data_parallel_size 1: there is nothing"),
         ("cuda", True, {"config_path": "/p"}, "services.expert_placement.config_path: '/p': vLLM's own placement"),
     ],
 )
@@ -83,3 +96,20 @@ def test_where_experts_cannot_be_placed(tmp_path: Path, platform: str, is_moe: b
 def test_a_switch_s_flag_is_the_plan_s(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'--speculative-config' is set by the plan"):
         engines(tmp_path, "npu", multi_token_prediction=1, decode={"extra_args": ["--speculative-config", "{}"]})
+
+
+def test_stages_on_a_cpu_are_eager_in_their_own_way(tmp_path: Path) -> None:
+    stages = {"pipeline_parallel_size": 2}
+    of = engines(tmp_path, "cpu", graph_mode=True, prefill=stages, decode=stages)
+    assert given(of["prefill"], "--compilation-config") == {"mode": 2, "backend": "eager"}
+    assert "--enforce-eager" not in of["prefill"].command
+    assert "--no-enforce-eager" in of["decode"].command
+    assert "--enforce-eager" in engines(tmp_path, "npu", graph_mode=True, prefill=stages)["prefill"].command
+
+
+def test_a_model_without_layers_for_multi_token_prediction(tmp_path: Path) -> None:
+    data = put(content(), "services/multi_token_prediction", 1)
+    with pytest.raises(ConfigError) as caught:
+        planned(tmp_path, data)
+    assert lines(caught.value) == ["services.multi_token_prediction: the model has no layers for it; delete it"]
+    planned(tmp_path, data, of=model(is_known=False))

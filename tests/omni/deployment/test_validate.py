@@ -55,6 +55,34 @@ P1, P2, D1 = "deployment/prefill/group1", "deployment/prefill/group2", "deployme
             "change data_parallel_size, tensor_parallel_size or pipeline_parallel_size, or the hosts and their devices",
         ),
         (
+            {f"{P1}/ascend_rt_visible_devices": "0,1,2", f"{P1}/hosts": "h1,h2", f"{P1}/tensor_parallel_size": 4},
+            "deployment.prefill.group1.tensor_parallel_size: a DP rank with 4 workers spans hosts, which must list "
+            "equally many devices that divide it; they list 3, 3; "
+            "change data_parallel_size, tensor_parallel_size or pipeline_parallel_size, or the hosts and their devices",
+        ),
+        (
+            {f"{P1}/hosts": "h1,h2"},
+            "deployment.prefill.group1: 1 DP rank(s) with 1 worker(s) each do not spread evenly over 2 hosts; "
+            "change data_parallel_size, tensor_parallel_size or pipeline_parallel_size, or the hosts and their devices",
+        ),
+        (
+            {f"{P1}/data_parallel_size": 64, "services/prefill/tensor_parallel_size": 65},
+            "deployment.prefill.group1.data_parallel_size: 4160 workers in one group are more than 4096; "
+            "write smaller sizes",
+        ),
+        (
+            {"deployment/proxy/tls_certificate_file": "/c"},
+            "deployment.proxy.tls_certificate_file: stands without tls_key_file; write both or none",
+        ),
+        (
+            {"deployment/proxy/tls_key_file": "/k"},
+            "deployment.proxy.tls_key_file: stands without tls_certificate_file; write both or none",
+        ),
+        (
+            {"deployment/mixed/m1": {"base_api_port": 9900}, "services/mixed/max_model_len": 4096},
+            "services.mixed.max_model_len: 4096 is not decode's, which is 16384; write the same for both",
+        ),
+        (
             {f"{D1}/base_api_port": 9001, "services/prefill/data_parallel_size": 2},
             "deployment.decode.group1.base_api_port: port 9001 on 127.0.0.1 overlaps "
             "deployment.prefill.group1.base_api_port (9000-9001); give each its own ports",
@@ -230,3 +258,14 @@ def test_all_broken_rules_together(tmp_path: Path) -> None:
 
 def test_the_field_s_own_form_breaks_no_rule() -> None:
     load_deployment(FIELD_FILE)
+
+
+def test_both_files_for_tls(tmp_path: Path) -> None:
+    data = put(content(), "deployment/proxy/tls_certificate_file", "/c")
+    loaded(tmp_path, put(data, "deployment/proxy/tls_key_file", "/k"))
+
+
+def test_lengths_matter_where_there_are_groups_of_both(tmp_path: Path) -> None:
+    loaded(tmp_path, put(content(), "services/mixed/max_model_len", 4096))
+    both = put(put(content(), "services/mixed/max_model_len", 4096), "deployment/mixed/m1/base_api_port", 9900)
+    loaded(tmp_path, put(both, "services/decode/max_model_len", 4096))

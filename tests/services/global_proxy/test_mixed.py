@@ -384,3 +384,55 @@ class TestNobodyYet:
             assert (response.status, (await response.json())["missing"]) == (503, ["prefill", "decode"])
         async with pd.client.get(pd.url + "/live") as response:
             assert response.status == 200
+
+
+async def test_who_holds_a_conversation_is_asked_to_go_on_with_it(beside: Deployment) -> None:
+    """While P is down, too: another engine would deny that there is an answer to go on from."""
+    await beside.checked()
+    (prefill,) = beside.proxy.members.prefill.instances
+    prefill.set_unhealthy(True)
+    beside.proxy.members.prefill.changed()
+    body = {"model": "m", "input": "Hello", "previous_response_id": "resp_1"}
+    async with beside.client.post(beside.url + "/v1/responses", json=body) as response:
+        assert response.headers["x-omni-path"] == "decode_only"
+    assert await beside.metric("omni_proxy_mixed_total", reason="others_down") == 0
+
+
+async def test_one_that_another_worker_ejects_between_two_looks(deploy: Deploy) -> None:
+    pd = await deploy(1, 1, num_mixed=1, health_interval_s=FOREVER_S)
+    await pd.checked()
+    pool = pd.proxy.members.mixed
+    (instance,) = pool.instances
+    look, num_looks = pool.up, 0
+
+    def look_again() -> Any:
+        nonlocal num_looks
+        num_looks += 1
+        if num_looks == 2:  # another worker's verdict
+            pd.proxy.table.writer(0).set_down(instance.slot, 60.0)
+            pool.changed()
+        return look()
+
+    pool.up = look_again  # type: ignore[method-assign]
+    for _ in range(3):
+        status, _, _ = await pd.complete()
+        assert status == 200
+
+
+async def test_answers_that_were_broken_off_say_nothing_of_their_length(deploy: Deploy) -> None:
+    pd = await deploy(0, 0, num_mixed=1)
+    mixed, engine = pd.proxy._serving._parts.mixed, pd.mixed[0]
+    engine.num_chunks = 1000
+    for _ in range(3):
+        engine.gate.clear()
+        engine.gate_after = 1
+        body = pd.prompt | {"stream": True, "max_tokens": 1000}
+        async with pd.client.post(pd.url + "/v1/completions", json=body) as response:
+            await response.content.readuntil(b"\n\n")
+            engine.gate_after = 2
+            engine.gate.set()
+            engine.gate.clear()
+            await response.content.readuntil(b"\n\n")
+            response.close()
+        await until(lambda: not len(pd.proxy.in_flight))
+    assert mixed._share_made == 1.0

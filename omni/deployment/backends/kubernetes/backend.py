@@ -1,7 +1,7 @@
 """Kubernetes as a backend: it writes manifests, and leaves it to kubectl to apply them."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,6 +26,9 @@ _HEAD = "# Written by omni_cli from {file}. First `sh {script}`, then `kubectl a
 
 class Backend:
     """Renders. What it would take to run is said by the error that each of the other methods raises."""
+
+    def problems(self, plan: LaunchPlan) -> Iterable[Problem]:
+        return problems(plan)
 
     def render(self, plan: LaunchPlan, folder: Path) -> tuple[Path, ...]:
         """Write the manifests and the script that makes the Secrets; equal plans give equal bytes.

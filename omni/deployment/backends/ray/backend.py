@@ -4,14 +4,14 @@ Everything that runs is found again in the cluster by name; this machine keeps t
 names alone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 from urllib.error import URLError
 from urllib.request import ProxyHandler, build_opener
 
 from omni.deployment.backends import Say
-from omni.deployment.errors import DeploymentError, MachineError, raise_any
+from omni.deployment.errors import DeploymentError, MachineError, Problem, raise_any
 
 try:
     import ray  # noqa: F401 (so that its absence is told here)
@@ -45,6 +45,9 @@ class Backend:
     def __init__(self, *, reserve_s: float = 60.0, start_s: float = 1800.0) -> None:
         self._reserve_s = reserve_s
         self._start_s = start_s
+
+    def problems(self, plan: LaunchPlan) -> Iterable[Problem]:
+        return ray_problems(plan)
 
     def render(self, plan: LaunchPlan, folder: Path) -> tuple[Path, ...]:
         raise_any(ray_problems(plan))
