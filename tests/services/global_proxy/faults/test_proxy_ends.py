@@ -50,9 +50,9 @@ async def test_a_terminated_proxy_drains_up_to_its_limit(fleet: Fleet) -> None:
     assert ended.error is not None
     assert ended.error["code"] == 503
     in_flight = [outcome for outcome in load.outcomes if outcome.sent_s < fault.began_s]
-    # What was sent just before may reach it just after: refused then, but never broken off.
-    assert {o.kind for o in in_flight if o.sent_s < fault.began_s - 0.5} == {"good"}
-    assert {(o.kind, o.status) for o in in_flight} <= {("good", 200), ("refused", 503)}
+    kinds = {(outcome.kind, outcome.status) for outcome in in_flight}
+    # What was sent just before may reach the proxy just after: refused then, but never broken off.
+    assert {("good", 200)} <= kinds <= {("good", 200), ("refused", 503)}
     await until(lambda: _none_is_running(fleet), "nothing runs on the engines")
     print(f"\n12: SIGTERM: refused after {refused.ended_s - fault.began_s:.2f} s, ended after {ended_s:.2f} s")
 
