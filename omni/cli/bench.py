@@ -14,13 +14,14 @@ import typer
 from rich.table import Table
 
 from omni.cli import bench_plot, running
+from omni.cli.api_key import api_key
 from omni.cli.clear_errors import clear_errors
 from omni.cli.deployment_view import engine_plans
 from omni.cli.load_test import LATENCIES, PERCENTILES, Figures, Load, Slo, Target, check_vllm, run_at
 from omni.cli.plain_console import plain_console
-from omni.cli.proxy_access import ProxyAccess, api_key
 from omni.deployment.engines_file import Engines
 from omni.deployment.errors import ConfigError, DeploymentError, Problem
+from omni.deployment.proxy_access import ProxyAccess
 from omni.deployment.run_state import DeploymentState
 
 _RESULT: Final = "bench.json"

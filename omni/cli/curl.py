@@ -14,9 +14,9 @@ import typer
 from kv_transfer.auth import default_key_path, load_key
 from omni.cli import running
 from omni.cli.clear_errors import clear_errors
-from omni.cli.proxy_access import ProxyAccess
 from omni.deployment.admin_client import _TOKEN_PURPOSE
 from omni.deployment.errors import DeploymentError
+from omni.deployment.proxy_access import ProxyAccess
 
 _KEY_HEADER: Final = '-H "Authorization: Bearer $OMNI_API_KEY"'  # of the shell that it is pasted into
 _TOKEN_HEADER: Final = '-H "Authorization: Bearer $OMNI_ADMIN_TOKEN"'  # noqa: S105 (a variable's name)

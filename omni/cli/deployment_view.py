@@ -10,10 +10,10 @@ from urllib.parse import urlsplit
 
 from omni.cli import running
 from omni.cli.completion_proof import Completion
-from omni.cli.proxy_access import ProxyAccess
 from omni.deployment.engines_file import Engines, read_engines
 from omni.deployment.errors import DeploymentError
 from omni.deployment.load import load_plan
+from omni.deployment.proxy_access import ProxyAccess
 from omni.deployment.run_state import DeploymentState, ProcessState, RunFolder
 
 _NAME = re.compile(r"(?P<role>\w+)\.(?P<group>\w+)\.rank(?P<rank>\d+)(?:\.node(?P<node>\d+))?")

@@ -13,10 +13,10 @@ from omni.cli import running
 from omni.cli.clear_errors import clear_errors
 from omni.cli.deployment_view import engine_plans
 from omni.cli.plain_console import plain_console
-from omni.cli.proxy_access import ProxyAccess
 from omni.cli.rolling_restart import RollingRestart, Unit, units_of
 from omni.deployment.admin_client import AdminClient
 from omni.deployment.errors import DeploymentError
+from omni.deployment.proxy_access import ProxyAccess
 from omni.deployment.run_state import DeploymentState
 
 PROXY: Final = "proxy"

@@ -21,7 +21,6 @@ from kv_transfer.auth import default_key_path, load_key
 from omni.cli import running
 from omni.cli.clear_errors import clear_errors
 from omni.cli.plain_console import plain_console
-from omni.cli.proxy_access import ProxyAccess
 from omni.deployment.admin_client import AdminClient
 from omni.deployment.backends import remote_backend
 from omni.deployment.backends.local import ENGINE_HOST
@@ -32,6 +31,7 @@ from omni.deployment.groups import Pool
 from omni.deployment.line_numbers import naming_lines
 from omni.deployment.model import KvTransfer
 from omni.deployment.plan_types import ProcessPlan
+from omni.deployment.proxy_access import ProxyAccess
 from omni.deployment.run_state import DeploymentState, ProcessState, RunFolder
 from omni.deployment.scaling import scale_engines
 

@@ -14,12 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from omni.cli import running
+from omni.cli.api_key import api_key
 from omni.cli.clear_errors import clear_errors
 from omni.cli.completion_proof import Completion, complete
 from omni.cli.deployment_view import DeploymentView, ProcessView, Viewer
 from omni.cli.plain_console import plain_console
-from omni.cli.proxy_access import ProxyAccess, api_key
 from omni.deployment.errors import DeploymentError
+from omni.deployment.proxy_access import ProxyAccess
 from omni.deployment.run_state import DeploymentState
 
 _COLUMNS: Final = ("process", "address", "state", "uptime", "pid", "restarts", "req.", "run", "wait", "KV used", "")

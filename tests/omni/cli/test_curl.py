@@ -18,8 +18,8 @@ from typer.testing import CliRunner, Result
 from kv_transfer.auth import load_or_make_key
 from omni.cli import curl as command
 from omni.cli import scale
-from omni.cli.proxy_access import ProxyAccess
 from omni.deployment.errors import DeploymentError
+from omni.deployment.proxy_access import ProxyAccess
 from omni.deployment.run_state import DeploymentState, RunFolder
 from omni.process import start_ticks
 from tests.omni.deployment.samples import content, put

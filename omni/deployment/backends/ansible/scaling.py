@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from kv_transfer.auth import default_key_path, load_key
-from omni.deployment.admin_client import AdminClient
 from omni.deployment.backends import Say
 from omni.deployment.backends.ansible.machines import inventory_hosts, machines_of
 from omni.deployment.backends.ansible.playbook_run import Outcome, run_playbook
@@ -18,6 +16,7 @@ from omni.deployment.errors import ConfigError, DeploymentError, Problem
 from omni.deployment.groups import Pool
 from omni.deployment.load import load_plan
 from omni.deployment.plan_types import LaunchPlan, ProcessPlan
+from omni.deployment.proxy_access import ProxyAccess
 from omni.deployment.run_state import DeploymentState, RunFolder
 
 _START_TIMEOUT_S: Final = 3600
@@ -34,10 +33,7 @@ class Scaling:
         self._rendered = rendered
         self._say = say
         self._plan = load_plan(Path(state.config_file))
-        try:
-            self._client = AdminClient(state.proxy_url, load_key(self._plan.key_file or default_key_path()))
-        except ValueError as error:
-            raise DeploymentError(str(error)) from None
+        self._client = ProxyAccess.of(state).admin_client()
 
     def to(self, num_groups: Mapping[Pool, int], wait_s: float) -> None:
         """New groups first, so that there is always somebody to take requests. Raises DeploymentError."""

@@ -10,19 +10,19 @@ from itertools import count
 from pathlib import Path
 from typing import Final
 
-from kv_transfer.auth import default_key_path, load_key
-from omni.deployment.admin_client import AdminClient
+from kv_transfer.auth import default_key_path
 from omni.deployment.backends import Say
 from omni.deployment.backends.ray import instances
 from omni.deployment.backends.ray.capacity import capacity_problems
 from omni.deployment.backends.ray.cluster import Cluster, ask
 from omni.deployment.backends.ray.placement import PROXY, InstancePlan, instance_plans
 from omni.deployment.backends.ray.proxy_setup import joined_proxies
-from omni.deployment.errors import ConfigError, DeploymentError, MachineError, Problem, raise_any
+from omni.deployment.errors import ConfigError, MachineError, Problem, raise_any
 from omni.deployment.groups import GroupSettings, Pool, group_settings
 from omni.deployment.load import load_plan
 from omni.deployment.model import Deployment, Group
 from omni.deployment.plan_types import LaunchPlan
+from omni.deployment.proxy_access import ProxyAccess
 from omni.deployment.run_state import DeploymentState, RunFolder
 
 _JOIN_S: Final = 60.0
@@ -39,10 +39,7 @@ class Scaling:
         self._say = say
         self._plan: LaunchPlan = load_plan(Path(state.config_file))
         self._key_file = self._plan.key_file or default_key_path()
-        try:
-            self._client = AdminClient(state.proxy_url, load_key(self._key_file))
-        except ValueError as error:
-            raise DeploymentError(str(error)) from None
+        self._client = ProxyAccess.of(state).admin_client()
 
     def to(self, num_groups: Mapping[Pool, int], wait_s: float) -> None:
         """Raises DeploymentError: it cannot be done; new groups that did not come up are ended again."""

@@ -1,6 +1,5 @@
-"""How the command line reaches a running deployment's proxy: its URL, TLS, keys."""
+"""How a running deployment's proxy is reached: its URL, TLS, the deployment key."""
 
-import os
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +8,8 @@ from typing import Self
 from kv_transfer.auth import default_key_path, load_key
 from omni.deployment.admin_client import AdminClient
 from omni.deployment.deployment_file import load_deployment
-from omni.deployment.errors import ConfigError, DeploymentError, Problem
+from omni.deployment.errors import DeploymentError
 from omni.deployment.run_state import DeploymentState
-
-_KEY_VARIABLE = "OMNI_API_KEY"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,21 +58,3 @@ class ProxyAccess:
         context.check_hostname = False  # the certificate is pinned, and the address comes from our own file
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
         return context
-
-
-def api_key(file: Path | None) -> str | None:
-    """From this file, else from $OMNI_API_KEY: on the command line every user of the machine could read it.
-
-    Raises:
-        ConfigError: the file has none.
-    """
-    place = str(file) if file is not None else f"${_KEY_VARIABLE}"
-    try:
-        key = file.read_text().strip() if file is not None else os.environ.get(_KEY_VARIABLE, "").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([Problem(place, f"cannot be read ({error})", "name a file with one API key")]) from None
-    if not key and file is None:
-        return None
-    if not key or not key.isascii() or not key.isprintable() or " " in key:  # it is not shown: it may be a secret
-        raise ConfigError([Problem(place, "has no API key", "write one key of printable characters, and nothing else")])
-    return key
