@@ -106,9 +106,9 @@ def content(port: int, logs: Path) -> dict[str, Any]:
 
 def test_what_the_cluster_has_not_is_refused_before_anything_starts(cluster: RayCluster, tmp_path: Path) -> None:
     wanting = content(9000, tmp_path) | {"name": "wanting"}
-    wanting["deployment"]["decode"]["group1"]["tensor_parallel_size"] = 3
+    wanting["deployment"]["decode"]["group1"]["tensor_parallel_size"] = 4
     _refused(
-        cluster, wanting, tmp_path, "deployment.decode.group1: needs 3 CPU on one node; the most that any of 3 has"
+        cluster, wanting, tmp_path, "deployment.decode.group1: needs 4 CPU on one node; the most that any of 3 has"
     )
 
 
