@@ -125,13 +125,15 @@ class RollingRestart:
 
     def _take_out(self, instances: Sequence[Instance]) -> None:
         """Drained, without a request, and forgotten by the proxy; all of them, or none."""
-        assert self._client is not None or not instances
+        client = self._client
+        if client is None:  # then nobody knows of instances
+            return
         try:
             for instance in instances:
-                self._client.drain(instance["name"])  # type: ignore[union-attr]
+                client.drain(instance["name"])
             for instance in instances:
                 self._say(f"{instance['name']} drains")
-                self._client.remove(instance["name"], self._wait_s, by_force=self._by_force)  # type: ignore[union-attr]
+                client.remove(instance["name"], self._wait_s, by_force=self._by_force)
         except BaseException as error:
             undone = self._put_back(instances)
             if isinstance(error, DeploymentError):

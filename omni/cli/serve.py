@@ -103,9 +103,10 @@ def _part(config: Path, on: str | None, part: str | None) -> LaunchPlan:
         if part is not None:
             raise DeploymentError("--part: goes with --on HOST; without it all parts run here")
         return load_plan(config)
-    if part not in (None, *get_args(Part)):
+    kind: Part | None = next((known for known in get_args(Part) if known == part), None)
+    if part is not None and kind is None:
         raise DeploymentError(f"--part: {part!r} is not one of {', '.join(get_args(Part))}")
-    plan = load_plan(config, on=on).part(on, part)  # type: ignore[arg-type]  # looked at above
+    plan = load_plan(config, on=on).part(on, kind)
     if not plan.processes:
         text = f"{on} has no {part or 'process'} in {config}; leave out --part, or name another host"
         raise DeploymentError(f"--on: {text}")
